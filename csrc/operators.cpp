@@ -1,0 +1,174 @@
+// minter::warp and minter::warp_backward: what they accept, and their registration with PyTorch's dispatcher through its
+// stable C++ interface (torch 2.10 and newer). The Python module carries no operator, only how it was built.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <pybind11/pybind11.h>
+
+#include "warp.h"
+
+namespace minter {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Type type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return Type::uint8;
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::Double: return Type::float64;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    default: STD_TORCH_CHECK(false, "minter::warp: images are uint8, float32 or float64; output also bfloat16");
+  }
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+template <typename T>
+const T* optional_data(const std::optional<Tensor>& tensor, const Tensor& images, const char* name, ScalarType type,
+                       int64_t rows, int64_t columns) {
+  if (!tensor) return nullptr;
+  const bool right_shape = columns == 0 ? tensor->dim() == 1 : tensor->dim() == 2 && tensor->size(1) == columns;
+  STD_TORCH_CHECK(right_shape && tensor->size(0) == rows, "minter::warp: ", name, " has the wrong shape");
+  STD_TORCH_CHECK(tensor->scalar_type() == type, "minter::warp: ", name, " has the wrong type");
+  STD_TORCH_CHECK(tensor->is_contiguous(), "minter::warp: ", name, " is to be contiguous");
+  STD_TORCH_CHECK(same_device(*tensor, images), "minter::warp: ", name, " is on another device than the images");
+  return static_cast<const T*>(tensor->const_data_ptr());
+}
+
+// Checks everything the kernels rely on.
+Warp make_warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
+               const std::optional<Tensor>& crop, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& shift, double fill) {
+  STD_TORCH_CHECK(images.dim() == 4, "minter::warp: images are to have 4 dimensions (N, C, H, W)");
+  const ScalarType type = images.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Float || type == ScalarType::Double,
+                  "minter::warp: images are to be uint8, float32 or float64");
+  Warp w{};
+  w.num_images = images.size(0), w.channels = images.size(1), w.height = images.size(2), w.width = images.size(3);
+  w.stride_n = images.stride(0), w.stride_c = images.stride(1), w.stride_h = images.stride(2);
+  w.stride_w = images.stride(3);
+  w.batch = index ? index->numel() : w.num_images;
+  w.fill = fill;
+  w.images = images.const_data_ptr();
+  w.index = optional_data<int64_t>(index, images, "index", ScalarType::Long, w.batch, 0);
+  w.crop = optional_data<int64_t>(crop, images, "crop", ScalarType::Long, w.batch, 3);
+  w.scale = optional_data<float>(scale, images, "scale", ScalarType::Float, w.channels, 0);
+  w.shift = optional_data<float>(shift, images, "shift", ScalarType::Float, w.channels, 0);
+  w.double_coefficients = coefficients && coefficients->scalar_type() == ScalarType::Double;
+  w.coefficients = optional_data<void>(coefficients, images, "coefficients",
+                                       w.double_coefficients ? ScalarType::Double : ScalarType::Float, w.batch, 8);
+  return w;
+}
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+#ifdef MINTER_CUDA
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+#endif
+  return stream;
+}
+
+Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
+            const std::optional<Tensor>& crop, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+            double fill, ScalarType dtype) {
+  const Warp w = make_warp(images, coefficients, index, crop, scale, shift, fill);
+  const Type in = type_of(images.scalar_type()), out = type_of(dtype);
+  STD_TORCH_CHECK(in == out || (in != Type::float64 && (out == Type::float32 || out == Type::bfloat16)),
+                  "minter::warp: the output is to have the type of the images, or float32 or bfloat16");
+  Tensor output = torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
+  if (images.is_cuda()) {
+#ifdef MINTER_CUDA
+    const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+    warp_cuda(w, in, out, output.mutable_data_ptr(), current_stream(images));
+#endif
+  } else {
+    warp_cpu(w, in, out, output.mutable_data_ptr());
+  }
+  return output;
+}
+
+// Gradients with respect to the images (zeros of no elements when not asked for) and the coefficients (likewise).
+std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad, const Tensor& images,
+                                         const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
+                                         const std::optional<Tensor>& crop, const std::optional<Tensor>& scale,
+                                         bool images_needed, bool coefficients_needed) {
+  const Warp w = make_warp(images, coefficients, index, crop, scale, std::nullopt, 0.0);
+  const Type in = type_of(images.scalar_type());
+  const ScalarType real = in == Type::float64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(!images_needed || (in != Type::uint8 && !index),
+                  "minter::warp_backward: only float images taken without an index have a gradient");
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == w.batch && grad.size(1) == w.channels &&
+                      grad.size(2) == w.height && grad.size(3) == w.width && grad.scalar_type() == real &&
+                      grad.is_contiguous() && same_device(grad, images),
+                  "minter::warp_backward: grad does not fit the output");
+  using Shape = std::initializer_list<int64_t>;
+  Tensor grad_images = torch::stable::new_zeros(
+      images, images_needed ? Shape{w.batch, w.channels, w.height, w.width} : Shape{0}, images.scalar_type());
+  Tensor grad_coefficients =
+      torch::stable::new_zeros(images, coefficients_needed ? Shape{w.batch, 8} : Shape{0}, ScalarType::Double);
+  void* to_images = images_needed ? grad_images.mutable_data_ptr() : nullptr;
+  double* to_coefficients = coefficients_needed ? grad_coefficients.mutable_data_ptr<double>() : nullptr;
+  if (images.is_cuda()) {
+#ifdef MINTER_CUDA
+    const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+    warp_backward_cuda(w, in, grad.const_data_ptr(), to_images, to_coefficients, current_stream(images));
+#endif
+  } else {
+    warp_backward_cpu(w, in, grad.const_data_ptr(), to_images, to_coefficients);
+  }
+  return {grad_images, grad_coefficients};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(minter, m) {
+  m.def(
+      "warp(Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? scale, Tensor? shift, "
+      "float fill, ScalarType dtype) -> Tensor");
+  m.def(
+      "warp_backward(Tensor grad, Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? scale, "
+      "bool images_needed, bool coefficients_needed) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(minter, CPU, m) {
+  m.impl("warp", TORCH_BOX(&warp));
+  m.impl("warp_backward", TORCH_BOX(&warp_backward));
+}
+
+#ifdef MINTER_CUDA
+STABLE_TORCH_LIBRARY_IMPL(minter, CUDA, m) {
+  m.impl("warp", TORCH_BOX(&warp));
+  m.impl("warp_backward", TORCH_BOX(&warp_backward));
+}
+#endif
+
+}  // namespace minter
+
+PYBIND11_MODULE(minter_warp, module) {
+  module.doc() = "minTER's compiled warp; importing it registers torch.ops.minter.warp";
+  module.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["compiler"] = __VERSION__;
+        info["torch"] = TORCH_VERSION;
+#ifdef MINTER_CUDA
+        info["cuda_architectures"] = std::string(MINTER_CUDA);
+#else
+        info["cuda_architectures"] = pybind11::none();
+#endif
+        return info;
+      },
+      "How this module was built: compiler, torch version, CUDA architectures (None: without CUDA).");
+}

@@ -1,0 +1,163 @@
+// The geometry of a batched projective warp, shared by the CPU and the CUDA kernel.
+//
+// Convention (that of PIL's Image.transform(PERSPECTIVE, BILINEAR)): eight numbers (a, b, c, d, e, f, g, h) map the
+// centre (x + 1/2, y + 1/2) of an output pixel to the point (u, v) of the input it is read from,
+//     u = (a x + b y + c) / (g x + h y + 1),   v = (d x + e y + f) / (g x + h y + 1).
+// Inside 0 <= u < W, 0 <= v < H the value is bilinear with clamped taps; outside, and wherever u or v is not a
+// number, it is the fill value. A negative denominator is nothing special.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define WARP_INLINE __host__ __device__ __forceinline__
+#else
+#define WARP_INLINE inline
+#endif
+
+namespace minter {
+
+// Everything a kernel reads. Optional inputs are null. Passed by value to the CUDA kernel.
+struct Warp {
+  const void* images;           // (images, channels, height, width), uint8 | float | double, any strides
+  const int64_t* index;         // (batch,): which image each output is made from; null: the n-th from the n-th
+  const int64_t* crop;          // (batch, 3): rows down, columns right, flip; null: none
+  const void* coefficients;     // (batch, 8), float | double; null: the identity
+  const float* scale;           // (channels,): output = value * scale + shift; null: 1
+  const float* shift;           // (channels,); null: 0
+  int64_t num_images, batch, channels, height, width;
+  int64_t stride_n, stride_c, stride_h, stride_w;  // of images, in elements
+  double fill;
+  bool double_coefficients;
+};
+
+struct Coefficients { double a, b, c, d, e, f, g, h; };
+
+WARP_INLINE double coefficient(const Warp& w, int64_t n, int k) {
+  return w.double_coefficients ? static_cast<const double*>(w.coefficients)[n * 8 + k]
+                               : static_cast<const float*>(w.coefficients)[n * 8 + k];
+}
+
+WARP_INLINE Coefficients load_coefficients(const Warp& w, int64_t n) {
+  if (w.coefficients == nullptr) return {1, 0, 0, 0, 1, 0, 0, 0};
+  return {coefficient(w, n, 0), coefficient(w, n, 1), coefficient(w, n, 2), coefficient(w, n, 3),
+          coefficient(w, n, 4), coefficient(w, n, 5), coefficient(w, n, 6), coefficient(w, n, 7)};
+}
+
+// A view of one source image after crop and flip: where pixel (y, x) of that view lies in memory.
+struct View {
+  int64_t image;      // which image, or -1 if the index is out of range
+  int64_t down, right;
+  bool flip;
+};
+
+WARP_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+WARP_INLINE View load_view(const Warp& w, int64_t n) {
+  View view{w.index ? w.index[n] : n, 0, 0, false};
+  if (view.image < 0 || view.image >= w.num_images) view.image = -1;
+  if (w.crop) {  // a shift by more than the image leaves nothing of it: clamping keeps the sums below from overflowing
+    view.down = clamp(w.crop[n * 3], -w.height, w.height);
+    view.right = clamp(w.crop[n * 3 + 1], -w.width, w.width);
+    view.flip = w.crop[n * 3 + 2] != 0;
+  }
+  return view;
+}
+
+// Element offset (channel 0) of pixel (y, x) of the view, or -1 where the crop reaches beyond the image (black there).
+WARP_INLINE int64_t offset(const Warp& w, const View& view, int64_t y, int64_t x) {
+  y += view.down;
+  x = (view.flip ? w.width - 1 - x : x) + view.right;
+  if (y < 0 || y >= w.height || x < 0 || x >= w.width) return -1;
+  return view.image * w.stride_n + y * w.stride_h + x * w.stride_w;
+}
+
+// The source point of an output pixel, and what the coefficients' gradient needs of it.
+struct Point { double x, y, u, v, inverse; };
+
+WARP_INLINE Point source_point(const Coefficients& k, int64_t row, int64_t column) {
+  const double x = column + 0.5, y = row + 0.5;
+  const double inverse = 1.0 / (k.g * x + k.h * y + 1.0);
+  return {x, y, (k.a * x + k.b * y + k.c) * inverse, (k.d * x + k.e * y + k.f) * inverse, inverse};
+}
+
+// Written so that NaN is outside.
+WARP_INLINE bool inside(const Warp& w, const Point& p) {
+  return p.u >= 0.0 && p.u < static_cast<double>(w.width) && p.v >= 0.0 && p.v < static_cast<double>(w.height);
+}
+
+// The four taps of a point inside: offsets in the order (y0 x0) (y0 x1) (y1 x0) (y1 x1), and the fractions.
+template <typename Real>
+struct Taps { int64_t at[4]; Real fx, fy; };
+
+template <typename Real>
+WARP_INLINE Taps<Real> taps(const Warp& w, const View& view, const Point& p) {
+  const double u = p.u - 0.5, v = p.v - 0.5;  // in [-0.5, size - 0.5)
+  const int64_t x = u < 0.0 ? -1 : static_cast<int64_t>(u), y = v < 0.0 ? -1 : static_cast<int64_t>(v);
+  const int64_t x0 = x < 0 ? 0 : x, x1 = x + 1 < w.width ? x + 1 : w.width - 1;
+  const int64_t y0 = y < 0 ? 0 : y, y1 = y + 1 < w.height ? y + 1 : w.height - 1;
+  return {{offset(w, view, y0, x0), offset(w, view, y0, x1), offset(w, view, y1, x0), offset(w, view, y1, x1)},
+          static_cast<Real>(u - x), static_cast<Real>(v - y)};
+}
+
+template <typename Real, typename In>
+WARP_INLINE Real fetch(const Warp& w, int64_t at, int64_t channel) {
+  return at < 0 ? Real(0) : static_cast<Real>(static_cast<const In*>(w.images)[at + channel * w.stride_c]);
+}
+
+template <typename Real, typename In>
+WARP_INLINE Real bilinear(const Warp& w, const Taps<Real>& t, int64_t channel) {
+  const Real top = fetch<Real, In>(w, t.at[0], channel) * (1 - t.fx) + fetch<Real, In>(w, t.at[1], channel) * t.fx;
+  const Real low = fetch<Real, In>(w, t.at[2], channel) * (1 - t.fx) + fetch<Real, In>(w, t.at[3], channel) * t.fx;
+  return top * (1 - t.fy) + low * t.fy;
+}
+
+template <typename Real>
+WARP_INLINE Real normalized(const Warp& w, Real value, int64_t channel) {
+  if (w.scale) value *= static_cast<Real>(w.scale[channel]);
+  if (w.shift) value += static_cast<Real>(w.shift[channel]);
+  return value;
+}
+
+// d loss / d coefficients of one pixel, given d loss / d (u, v): the quotient rule.
+WARP_INLINE void add_coefficient_gradient(const Point& p, double du, double dv, double* gradient) {
+  du *= p.inverse;
+  dv *= p.inverse;
+  const double dw = -(du * p.u + dv * p.v);
+  gradient[0] += du * p.x, gradient[1] += du * p.y, gradient[2] += du;
+  gradient[3] += dv * p.x, gradient[4] += dv * p.y, gradient[5] += dv;
+  gradient[6] += dw * p.x, gradient[7] += dw * p.y;
+}
+
+// d loss / d (u, v) of one pixel, summed over the channels; `gradient(channel)` is d loss / d output.
+template <typename Real, typename In, typename Gradient>
+WARP_INLINE void point_gradient(const Warp& w, const Taps<Real>& t, Gradient gradient, double& du, double& dv) {
+  for (int64_t c = 0; c < w.channels; ++c) {
+    const Real p00 = fetch<Real, In>(w, t.at[0], c), p01 = fetch<Real, In>(w, t.at[1], c);
+    const Real p10 = fetch<Real, In>(w, t.at[2], c), p11 = fetch<Real, In>(w, t.at[3], c);
+    const double g = static_cast<double>(gradient(c)) * (w.scale ? w.scale[c] : 1.0f);
+    du += g * ((p01 - p00) * (1 - t.fy) + (p11 - p10) * t.fy);
+    dv += g * ((p10 - p00) * (1 - t.fx) + (p11 - p01) * t.fx);
+  }
+}
+
+// The weight of tap k in the bilinear sum.
+template <typename Real>
+WARP_INLINE Real tap_weight(const Taps<Real>& t, int k) {
+  return (k % 2 ? t.fx : 1 - t.fx) * (k / 2 ? t.fy : 1 - t.fy);
+}
+
+// Output element types. uint8 rounds to nearest even and saturates; the rest convert.
+enum class Type { uint8, float32, float64, bfloat16 };
+
+// Implemented in warp_cpu.cpp and warp_cuda.cu. `output` and the gradients are contiguous; the gradients of the images
+// (shape of the output; images' type) must be zeroed and may be null, as may those of the coefficients (float64).
+void warp_cpu(const Warp&, Type in, Type out, void* output);
+void warp_backward_cpu(const Warp&, Type in, const void* grad, void* grad_images, double* grad_coefficients);
+void warp_cuda(const Warp&, Type in, Type out, void* output, void* stream);
+void warp_backward_cuda(const Warp&, Type in, const void* grad, void* grad_images, double* grad_coefficients,
+                        void* stream);
+
+}  // namespace minter
