@@ -1,0 +1,414 @@
+"""The warp: against PIL, against the PyTorch reference, its gradients, its training form, and what must never happen."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.autograd import gradcheck
+
+import common
+from common import (
+    crop_and_flip_reference,
+    normalization,
+    projective_warp,
+    projective_warp_reference,
+    sample_coefficients,
+    sample_crops,
+    warp_batch,
+)
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+IDENTITY = torch.tensor([[1.0, 0, 0, 0, 1, 0, 0, 0]])
+
+
+def random_images(n, height=32, width=32, channels=3, dtype=torch.uint8, seed=0):
+    images = torch.randint(0, 256, (n, channels, height, width), generator=torch.Generator().manual_seed(seed))
+    return images.to(dtype)
+
+
+def draw(n, size, seed=0):
+    return sample_coefficients(n, size, torch.Generator().manual_seed(seed))
+
+
+def warp_by_pil(image, coefficients, fill=(128, 128, 128)):
+    """image: (3, H, W) uint8. The coefficients are the same float32 numbers, which PIL reads as doubles."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    data = [float(c) for c in coefficients]
+    warped = picture.transform(picture.size, Image.Transform.PERSPECTIVE, data, Image.Resampling.BILINEAR, fillcolor=fill)
+    return torch.from_numpy(np.array(warped)).permute(2, 0, 1)
+
+
+def grey_levels_apart(a, b):
+    return (a.int() - b.int()).abs().max().item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size, n", [((32, 32), 1000), ((33, 47), 200), ((1, 1), 20), ((7, 96), 100), ((2, 5), 100)])
+def test_every_pixel_is_within_one_grey_level_of_pil(size, n, device):
+    images, coefficients = random_images(n, *size), draw(n, size)
+    expected = torch.stack([warp_by_pil(image, row) for image, row in zip(images, coefficients, strict=True)])
+    for warp in (projective_warp, projective_warp_reference):
+        warped = warp(images.to(device), coefficients.to(device)).cpu()
+        assert warped.dtype == torch.uint8 and warped.shape == images.shape
+        assert grey_levels_apart(warped, expected) <= 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_horizon_inside_the_image_does_what_pil_does(device):
+    # The denominator changes sign between the columns of the image: beyond the horizon the map is mirrored, and PIL
+    # reads whatever lies inside.
+    coefficients = torch.tensor([[-0.5, 0, 0, 0, -0.5, 0, -1 / 16.25, 0], [-1, 0, 16, 0.1, -1, 2, -1 / 20.3, -1 / 50.1],
+                                 [-0.6, 0.1, 1, 0.2, -0.8, -1, -0.07, 0.02]])  # fmt: skip
+    x, y = torch.arange(32) + 0.5, (torch.arange(32) + 0.5)[:, None]
+    denominator = coefficients[:, 6, None, None] * x + coefficients[:, 7, None, None] * y + 1
+    images = random_images(3)
+    expected = torch.stack([warp_by_pil(image, row) for image, row in zip(images, coefficients, strict=True)])
+    for behind, shown in zip(denominator < 0, (expected != 128).any(1), strict=True):
+        assert 0 < behind.sum() < 1024 and (behind & shown).sum() > 50
+    for warp in (projective_warp, projective_warp_reference):
+        assert grey_levels_apart(warp(images.to(device), coefficients.to(device)).cpu(), expected) <= 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_the_map_is_undefined_the_value_is_the_fill(device):
+    # g x + 1 is exactly zero in column 7 (x = 7.5), where u and v are infinite or, with a zero numerator, not a number.
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)
+    coefficients = torch.tensor([[1.0, 0, 0, 0, 1, 0, -1 / 7.5, 0], [0, 0, 0, 0, 0, 0, -1 / 7.5, 0]], dtype=torch.float64)
+    coefficients[:, 6] = -1 / 7.5
+    assert (coefficients[:, 6] * 7.5 + 1 == 0).all()
+    for warp in (projective_warp, projective_warp_reference):
+        assert (warp(images, coefficients.to(device))[..., 7] == 128).all()
+    for bad in (math.nan, math.inf, -math.inf, 1e38, -1e38):
+        for k in range(8):
+            broken = IDENTITY.repeat(2, 1)
+            broken[:, k] = bad
+            for warp in (projective_warp, projective_warp_reference):
+                warped = warp(images, broken.to(device), 77.0)
+                assert ((warped == 77) | (warped == 0)).all()
+                if math.isnan(bad):
+                    assert (warped == 77).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(32, 32), (17, 40), (96, 96)])
+def test_compiled_equals_reference_in_float32(size, device):
+    images = random_images(64, *size, dtype=torch.float32).to(device) / 255
+    coefficients = draw(64, size).to(device)
+    for fill in (128.0, -3.5, 0.0):
+        difference = projective_warp(images, coefficients, fill) - projective_warp_reference(images, coefficients, fill)
+        assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_types_and_empty_batches(device):
+    images, coefficients = random_images(8, dtype=torch.float32).to(device), draw(8, 32).to(device)
+    expected = projective_warp_reference(images, coefficients)
+    layouts = {
+        "channels_last": images.contiguous(memory_format=torch.channels_last),
+        "transposed": images.transpose(2, 3).contiguous().transpose(2, 3),
+        "every second": images.repeat_interleave(2, 0)[::2],
+        "cut out": torch.nn.functional.pad(images, (3, 2, 1, 4))[:, :, 1:33, 3:35],
+    }
+    for name, laid_out in layouts.items():
+        assert torch.allclose(projective_warp(laid_out, coefficients), expected, atol=1e-3), name
+        assert torch.equal(projective_warp(laid_out.to(torch.uint8), coefficients),
+                           projective_warp(images.to(torch.uint8), coefficients)), name  # fmt: skip
+    expanded = images[:1].expand(8, -1, -1, -1)
+    assert torch.allclose(projective_warp(expanded, coefficients),
+                          projective_warp_reference(expanded.contiguous(), coefficients), atol=1e-3)  # fmt: skip
+    columns = coefficients.T.contiguous().T
+    assert not columns.is_contiguous() and torch.equal(projective_warp(images, columns), projective_warp(images, coefficients))
+    assert projective_warp(images[:0], coefficients[:0]).shape == (0, 3, 32, 32)
+    assert projective_warp(images[:, :0], coefficients).shape == (8, 0, 32, 32)
+    assert projective_warp(images[..., :0], coefficients).shape == (8, 3, 32, 0)
+    assert warp_batch(images, torch.empty(0, dtype=torch.int64, device=device)).shape == (0, 3, 32, 32)
+    one_channel = images[:, :1]
+    assert torch.allclose(projective_warp(one_channel, coefficients), expected[:, :1], atol=1e-3)
+    half = projective_warp(images.half(), coefficients)
+    assert half.dtype == torch.float16 and torch.allclose(half.float(), expected, atol=0.1)
+
+
+def test_the_identity_and_a_quarter_turn_are_exact():
+    images = random_images(4)
+    assert torch.equal(projective_warp(images, IDENTITY.repeat(4, 1)), images)
+    turn = torch.tensor([[0.0, 1, 0, -1, 0, 32, 0, 0]]).repeat(4, 1)  # reads (y, W - x)
+    assert torch.equal(projective_warp(images, turn), images.rot90(-1, (2, 3)).flip(2, 3).rot90(2, (2, 3)))
+
+
+def test_wrong_arguments_get_a_clear_exception():
+    images, coefficients = random_images(2), IDENTITY.repeat(2, 1)
+    for bad in ((images[0], coefficients), (images, coefficients[:1]), (images, coefficients[:, :6])):
+        with pytest.raises(ValueError, match=r"images \(N, C, H, W\) and coefficients \(N, 8\)"):
+            projective_warp(*bad)
+    with pytest.raises(TypeError, match="uint8 or float32"):
+        projective_warp(images.long(), coefficients)
+    with pytest.raises(TypeError, match="floating-point coefficients"):
+        projective_warp(images, coefficients.long())
+    for index in (torch.tensor([0, 2]), torch.tensor([-1])):
+        with pytest.raises(RuntimeError, match="out of range"):
+            warp_batch(images, index)
+    for index, crops in (([0, 1], torch.zeros(2, 2)), ([0], torch.zeros(2, 3)), ([0, 1], torch.zeros(2, 3))):
+        with pytest.raises(RuntimeError, match="crop has the wrong"):
+            warp_batch(images, torch.tensor(index), crops)
+
+
+# --------------------------------------------------------------------------------------------------- the training form
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(32, 32), (9, 14)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_training_form_equals_its_parts_one_after_the_other(size, dtype, tolerance, device):
+    images, n = random_images(50, *size).to(device), 200
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(0, 50, (n,), generator=generator).to(device)
+    crops = sample_crops(n, 32, generator).to(device)
+    coefficients = draw(n, size).to(device)
+    mean, std = (0.49, 0.48, 0.44), (0.2, 0.21, 0.19)
+    for k in (coefficients, None):
+        result = warp_batch(images, index, crops, k, *normalization(mean, std, device), dtype)
+        batch = crop_and_flip_reference(images[index].float(), crops)
+        batch = batch if k is None else projective_warp_reference(batch, k)
+        m, s = torch.tensor(mean, device=device)[:, None, None], torch.tensor(std, device=device)[:, None, None]
+        assert result.dtype == dtype
+        assert (result.float() - (batch / 255 - m) / s).abs().max() < tolerance
+
+
+def test_crop_and_flip_are_torchvisions():
+    from torchvision.transforms import functional
+
+    images, n = random_images(20), 20
+    crops = sample_crops(n, 32, torch.Generator().manual_seed(2))
+    expected = []
+    for image, (down, right, flip) in zip(images, crops.tolist(), strict=True):
+        cropped = functional.crop(functional.pad(image, 4), 4 + down, 4 + right, 32, 32)
+        expected.append(functional.hflip(cropped) if flip else cropped)
+    expected = torch.stack(expected)
+    assert torch.equal(warp_batch(images, torch.arange(n), crops), expected.float())
+    assert torch.equal(crop_and_flip_reference(images, crops), expected)
+    far = torch.tensor([[2**62, 0, 0], [-(2**63), 5, 1], [0, 2**63 - 1, 0], [0, -(2**63), 1]])
+    assert (warp_batch(images, torch.arange(4), far) == 0).all()
+
+
+def test_crops_are_uniform_and_flips_fair():
+    crops = sample_crops(90_000, 32, torch.Generator().manual_seed(0))
+    assert crops.dtype == torch.int64 and crops.shape == (90_000, 3)
+    for column in (0, 1):  # 10,000 expected of each of the nine shifts, standard deviation 94
+        counts = (crops[:, column] + 4).bincount(minlength=9)
+        assert len(counts) == 9 and (counts - 10_000).abs().max() < 5 * 94
+    assert abs(crops[:, 2].float().mean() - 0.5) < 5 * 0.5 / 300 and set(crops[:, 2].tolist()) == {0, 1}
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def small_problem(dtype=torch.float64, n=3, size=(5, 6), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(n, 2, *size, generator=generator, dtype=torch.float64)
+    coefficients = draw(n, size, seed).double()
+    coefficients = coefficients + 0.01 * torch.rand(n, 8, generator=generator, dtype=torch.float64)  # off the kinks
+    return images.to(dtype).requires_grad_(), coefficients.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("warp", [projective_warp_reference, projective_warp])
+def test_gradcheck(warp):
+    # The step is small enough not to carry a point across a pixel boundary, where bilinear interpolation has a kink.
+    images, coefficients = small_problem()
+    assert gradcheck(lambda i, c: warp(i, c, 0.5), (images, coefficients), eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_compiled_gradients_are_the_reference_s(dtype, tolerance, device):
+    images = random_images(16, 32, 32).to(device, dtype) / 255
+    coefficients = draw(16, 32).to(device, dtype)
+    weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    gradients = []
+    for warp in (projective_warp, projective_warp_reference):
+        i, c = images.clone().requires_grad_(), coefficients.clone().requires_grad_()
+        (warp(i, c, 0.3) * weights).sum().backward()
+        assert i.grad.dtype == dtype and c.grad.dtype == dtype
+        gradients.append((i.grad, c.grad))
+    for compiled, reference in zip(*gradients, strict=True):
+        assert (compiled - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+def test_gradient_of_the_training_form_reaches_the_coefficients():
+    images, index = random_images(10), torch.tensor([3, 3, 9, 0])
+    crops, coefficients = sample_crops(4, 32, torch.Generator().manual_seed(3)), draw(4, 32)
+    scale, shift = normalization((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    weights = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for built in (True, False):
+        c = coefficients.clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "extension_is_built", lambda built=built: built)
+            (warp_batch(images, index, crops, c, scale, shift) * weights).sum().backward()
+        gradients.append(c.grad)
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[1].abs().max()
+
+
+def test_only_the_gradients_asked_for_and_no_second_derivative():
+    images, coefficients = small_problem()
+    (gradient,) = torch.autograd.grad(projective_warp(images.detach(), coefficients).sum(), coefficients, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+    projective_warp(images, coefficients.detach()).sum().backward()
+    assert images.grad is not None and coefficients.grad is None
+    assert not projective_warp(random_images(3, 5, 6), coefficients).requires_grad  # uint8 has no gradient
+
+
+# ------------------------------------------------------------------------------------------- compile, autocast, opcheck
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    images, coefficients = small_problem(torch.float32)
+    images, coefficients = images.detach().to(device), coefficients.detach().to(device)
+    index, crops = torch.tensor([2, 0], device=device), sample_crops(2, 32).to(device)
+    scale, shift = torch.ones(2, device=device), torch.zeros(2, device=device)
+    samples = [
+        (images.requires_grad_(), coefficients.requires_grad_(), None, None, None, None, 1.0, torch.float32),
+        (images.detach().to(torch.uint8), coefficients.detach(), None, None, None, None, 1.0, torch.uint8),
+        (images.detach().to(torch.uint8), coefficients[:2].detach().requires_grad_(), index, crops, scale, shift, 1.0,
+         torch.bfloat16),
+        (images.detach().to(torch.uint8), None, index, crops, scale, shift, 1.0, torch.float32),
+    ]  # fmt: skip
+    for sample in samples:
+        torch.library.opcheck(torch.ops.minter.warp, sample)
+    grad = torch.rand_like(images)
+    torch.library.opcheck(torch.ops.minter.warp_backward,
+                          (grad, images.detach(), coefficients.detach(), None, None, None, True, True))  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_without_a_graph_break_and_runs_under_autocast(device):
+    images, coefficients = random_images(8, dtype=torch.float32).to(device), draw(8, 32).to(device)
+
+    def loss(images, coefficients):
+        warped = projective_warp(images, coefficients)
+        return (warped * torch.linspace(-1, 1, 32, device=images.device)).square().mean()
+
+    gradients, losses = [], []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        i, c = images.clone().requires_grad_(), coefficients.clone().requires_grad_()
+        with torch.autocast(device, torch.bfloat16):
+            value = function(i, c)
+        value.backward()
+        losses.append(value.item())
+        gradients.append((i.grad, c.grad))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for compiled, eager in zip(*gradients, strict=True):
+        assert torch.allclose(compiled, eager, rtol=1e-3, atol=1e-5 * eager.abs().max().item())
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(projective_warp(images, coefficients), projective_warp(images.clone(), coefficients))
+        assert projective_warp(images, coefficients).dtype == torch.float32
+
+
+# -------------------------------------------------------------------------------------------------- the transformations
+
+
+def corners_of(size):
+    height, width = size
+    return torch.tensor([[0.0, 0], [width, 0], [width, height], [0, height]], dtype=torch.float64)
+
+
+def apply_map(coefficients, points):
+    """points: (N, P, 2) -> (N, P, 2), by the definition of the coefficients."""
+    a, b, c, d, e, f, g, h = coefficients.double().unbind(-1)
+    x, y = points.double().unbind(-1)
+    column = [v[:, None] for v in (a, b, c, d, e, f, g, h)]
+    a, b, c, d, e, f, g, h = column
+    return torch.stack([a * x + b * y + c, d * x + e * y + f], -1) / (g * x + h * y + 1)[..., None]
+
+
+def test_coefficients_solve_the_8_by_8_system():
+    size = (24, 40)
+    generator = torch.Generator().manual_seed(0)
+    moved = corners_of(size) + 6 * torch.rand(50, 4, 2, generator=generator, dtype=torch.float64)
+    rows = []
+    for quadrilateral in moved:  # unknowns a..h: for every corner (x, y) -> (X, Y)
+        matrix, right = [], []
+        for (x, y), (X, Y) in zip(quadrilateral.tolist(), corners_of(size).tolist(), strict=True):
+            matrix += [[x, y, 1, 0, 0, 0, -X * x, -X * y], [0, 0, 0, x, y, 1, -Y * x, -Y * y]]
+            right += [X, Y]
+        rows.append(np.linalg.solve(np.array(matrix), np.array(right)))
+    assert np.allclose(common.coefficients_from_corners(moved, size).numpy(), np.array(rows), atol=1e-9)
+
+
+def test_sampled_transformations_have_the_stated_distribution():
+    n = 40_000
+    coefficients = draw(n, 32)
+    assert coefficients.shape == (n, 8) and coefficients.dtype == torch.float32 and coefficients.isfinite().all()
+    # Where do the corners go? Invert each map as a 3 x 3 matrix.
+    matrices = torch.cat([coefficients.double(), torch.ones(n, 1, dtype=torch.float64)], 1).reshape(n, 3, 3).inverse()
+    homogeneous = torch.cat([corners_of((32, 32)), torch.ones(4, 1, dtype=torch.float64)], 1) @ matrices.transpose(1, 2)
+    moved = homogeneous[..., :2] / homogeneous[..., 2:]  # (n, 4, 2)
+    # Averaged over the four corners, shifts are small beside the scaled square: its angle tells the rotation.
+    top = moved[:, 1] - moved[:, 0] + moved[:, 2] - moved[:, 3]
+    turns = (torch.atan2(top[:, 1], top[:, 0]) / (math.pi / 2)).round().long() % 4
+    assert ((turns.bincount(minlength=4) - n / 4).abs() < 5 * math.sqrt(n * 3 / 16)).all()
+    # Undo the rotation; each coordinate is then 16 +- 16 s plus its own integer shift.
+    home = moved.gather(1, ((torch.arange(4) - turns[:, None]) % 4)[..., None].expand(n, 4, 2)) - 16
+    signs = corners_of((32, 32)) / 16 - 1
+    offsets = home * signs  # 16 s + sign * shift, s common to an image
+    spread = offsets[:, 0, 0] - offsets[:, 2, 1]  # difference of two independent shifts: an integer in [-8, 8]
+    assert (spread - spread.round()).abs().max() < 1e-3 and spread.abs().max() < 8.001
+    assert abs(spread.var() - 2 * (81 - 1) / 12) < 0.3  # variance of an integer uniform on -4..4 is 20 / 3
+    scale = offsets.mean((1, 2)) / 16  # mean of eight shifts adds a standard deviation of sqrt(20 / 3 / 8) / 16 = 0.057
+    assert abs(scale.mean() - 1) < 0.002
+    assert abs(scale.var() - (0.4**2 / 12 + 20 / 3 / 8 / 256)) < 3e-4
+    shifts = offsets[:, 0, 0] - offsets[:, 0, 1]  # x against y of one corner: independent
+    assert abs(shifts.var() - 40 / 3) < 0.3
+
+
+def test_yardsticks_of_the_target():
+    n = 100_000
+    target = common.transformation_target(draw(n, 32), 32).double()
+    constant = (target - target.mean(0)).square().sum(1)
+    assert abs(constant.mean() - common.CONSTANT_PREDICTOR_ERROR) < 5 * constant.std() / math.sqrt(n) + 0.005
+    # The rotation is the sign pattern of (a, b): the best predictor that knows only it is the mean within each.
+    turns = (torch.atan2(target[:, 1], target[:, 0]) / (math.pi / 2)).round().long() % 4
+    within = torch.cat([(target[turns == k] - target[turns == k].mean(0)).square().sum(1) for k in range(4)])
+    assert abs(within.mean() - common.ROTATION_PREDICTOR_ERROR) < 5 * within.std() / math.sqrt(n) + 0.0005
+
+
+@pytest.mark.parametrize("size", [16, 96, 28, (32, 64), (96, 48)])
+def test_the_target_has_the_same_distribution_at_every_size(size):
+    at_32 = common.transformation_target(draw(1000, 32), 32)
+    assert torch.allclose(common.transformation_target(draw(1000, size), size), at_32, atol=2e-4)
+
+
+def test_target_is_the_formula_at_32():
+    coefficients = draw(10, 32)
+    offset = torch.tensor([0, 0, 16.0, 0, 0, 16, 0, 0])
+    divisor = torch.tensor([1, 1, 20, 1, 1, 20, 0.015, 0.015])
+    assert torch.allclose(common.transformation_target(coefficients, 32), (coefficients - offset) / divisor)
+
+
+def test_sampling_is_reproducible_and_leaves_the_global_generator_alone():
+    state = torch.random.get_rng_state()
+    assert torch.equal(draw(5, 32, seed=7), draw(5, 32, seed=7)) and not torch.equal(draw(5, 32, 7), draw(5, 32, 8))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+# --------------------------------------------------------------------------------------------------------- the fallback
+
+
+def test_without_the_extension_everything_still_works_and_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(common, "minter_warp", None)
+    monkeypatch.setattr(common, "minter_warp_missing", "No module named 'minter_warp'", raising=False)
+    images, coefficients = random_images(4), draw(4, 32)
+    for _ in range(2):
+        assert torch.equal(projective_warp(images, coefficients), projective_warp_reference(images, coefficients))
+    assert warp_batch(images, torch.tensor([1, 2]), sample_crops(2, 32), coefficients[:2]).shape == (2, 3, 32, 32)
+    assert capsys.readouterr().err.count("the compiled warp is not built") == 1
+
+
+def test_the_build_says_what_it_holds():
+    info = common.minter_warp.build_info()
+    assert info["compiler"] and info["torch"].startswith("2.")
+    if torch.cuda.is_available():
+        assert info["cuda_architectures"]

@@ -1,0 +1,117 @@
+"""VTE with the Barber-Agakov bound: phase two of VTE (Sinaga, Basaruddin & Krisnadhi, ICPRAM 2022, section 3.3).
+https://doi.org/10.5220/0010880400003122
+
+A second encoder sees the original image x and must predict what phase one's encoder, now frozen, makes of the
+transformed image t(x): it maximises the Barber-Agakov bound of I(z_hat; z), which with a unit-variance decoder is
+(eq. 8, 18)
+
+    minimise  1/2 || z - D(z_hat) ||^2,    z ~ phase one on t(x),    z_hat ~ N(mu(x), sigma(x)^2).
+
+    python vte_ba.py --pretrained pt.ckpt --dataset cifar10 --output vte_ba.ckpt
+
+Read from the paper as follows. Eq. 18 prints sigma(z_hat) where the text states N(mu, I): unit variance is used. Both z
+and z_hat are sampled. Frozen means no gradient and batch normalisation in eval mode: phase one leaves this script bit
+for bit as it came. What the paper calls log sigma is a log-variance; its mean is logged. The decoder never sees t, so at
+best z_hat predicts the mean of z over transformations: "explained" is the share of z's variance that it predicts.
+"""
+
+import torch
+from torch import nn
+
+from common import (
+    Run,
+    UserError,
+    build_encoder,
+    load_checkpoint,
+    load_encoder,
+    reparameterize,
+    run_command,
+    sample_coefficients,
+    sample_crops,
+    training_parser,
+    warp_batch,
+)
+
+
+class VTEBarberAgakov(nn.Module):
+    """Images and transformed images, (N, 3, S, S) each -> D(z_hat) (N, 512), z (N, 512), log-variance of z_hat."""
+
+    def __init__(self, encoder, phase_one, deep_decoder=False, features=512):
+        super().__init__()
+        self.encoder = encoder
+        self.phase_one = phase_one.requires_grad_(False).eval()
+        if deep_decoder:  # the paper's with AlexNet
+            self.decoder = nn.Sequential(
+                nn.Linear(features, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
+                nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
+                nn.Linear(1024, features),
+            )  # fmt: skip
+        else:  # the paper's with NIN
+            self.decoder = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(inplace=True), nn.Linear(2048, features))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.phase_one.eval()  # whatever happens to the rest: its running statistics are frozen too
+        return self
+
+    def forward(self, images, transformed):
+        with torch.no_grad():
+            z = reparameterize(*self.phase_one(transformed))  # (N, 512)
+        mu, logvar = self.encoder(images)
+        z_hat = reparameterize(mu, logvar)  # (N, 512)
+        return self.decoder(z_hat).float(), z, logvar
+
+
+def vte_ba_loss(prediction, z, logvar):
+    """1/2 || z - D(z_hat) ||^2, mean over the batch (VTE eq. 18 without its constant). prediction, z, logvar: (N, 512).
+    Returns the loss and metrics, all scalars."""
+    squared_error = (z - prediction).square().sum(1).mean()
+    explained = 1 - squared_error.detach() / (z - z.mean(0)).square().sum(1).mean()
+    return 0.5 * squared_error, {"explained": explained, "logvar": logvar.mean()}
+
+
+def train(args):
+    if args.pretrained is None:
+        raise UserError("--pretrained is needed, the checkpoint of phase one: run `python predictive_transform.py "
+                        f"--dataset {args.dataset or 'cifar10'} --output pt.ckpt` first", exit_code=2)  # fmt: skip
+    checkpoint = load_checkpoint(args.pretrained, "predictive_transform")
+    phase_one = load_encoder(checkpoint, args.pretrained)
+    run = Run("vte_ba", args, pretrained=checkpoint)
+    encoder = build_encoder(args.encoder, args.image_size)
+    model = run.prepare(VTEBarberAgakov(encoder, phase_one, deep_decoder=args.encoder == "alexnet"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=args.lr)  # no weight decay, no schedule
+
+    for _ in run.epochs(model, optimizer):
+        for index in run.batches():
+            crops = sample_crops(len(index), run.size, run.generator)
+            coefficients = sample_coefficients(len(index), run.size, run.generator)
+            images = warp_batch(run.images, index, crops, None, run.scale, run.shift, run.dtype)
+            transformed = warp_batch(run.images, index, crops, coefficients, run.scale, run.shift, run.dtype)
+            with run.autocast():
+                prediction, z, logvar = model(images, transformed)
+            loss, metrics = vte_ba_loss(prediction, z, logvar)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            run.step(loss, metrics, len(index))
+    run.finish(f"python probe.py {args.pretrained} {args.output}")
+
+
+def parse_args():
+    parser = training_parser(
+        "VTE with the Barber-Agakov bound (phase two): predict phase one's code of the transformed image.",
+        "python vte_ba.py --pretrained pt.ckpt --dataset digits --epochs 20 --lr 1e-3 --output vte_ba.ckpt",
+        output="vte_ba.ckpt",
+    )
+    parser.add_argument("--pretrained", metavar="CKPT",
+                        help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")  # fmt: skip
+    return parser.parse_args()
+
+
+def main():
+    train(parse_args())
+
+
+if __name__ == "__main__":
+    run_command(main)
