@@ -58,7 +58,7 @@ class NIN(nn.Module):
             block(3, 192, 5), block(192, 160, 1), block(160, 96, 1), nn.MaxPool2d(3, 2, 1),  # 32 -> 16
             block(96, 192, 5), block(192, 192, 1), block(192, 8, 1), nn.AvgPool2d(3, 2, 1),  # 16 -> 8
             nn.Flatten(),
-        )  # fmt: skip
+        )
         side = math.ceil(math.ceil(image_size / 2) / 2)
         self.mu = nn.Linear(8 * side * side, features)
         self.logvar = nn.Linear(8 * side * side, features)
@@ -83,7 +83,7 @@ class AlexNet(nn.Module):
             block(64, 192, 5, 2), nn.MaxPool2d(3, 2),  # 12 -> 5
             block(192, 384, 3, 1), block(384, 256, 3, 1), block(256, 256, 3, 1), nn.MaxPool2d(3, 2),  # 5 -> 2
             nn.Flatten(),
-        )  # fmt: skip
+        )
         side = image_size - 6
         for _ in range(3):
             side = (side - 3) // 2 + 1
@@ -213,7 +213,7 @@ def extension_is_built():
     global minter_warp_missing
     if minter_warp is None and minter_warp_missing:
         print(f"note: the compiled warp is not built, using the slower PyTorch form ({minter_warp_missing}); "
-              "`make setup` or `pip install --no-build-isolation .` builds it", file=sys.stderr)  # fmt: skip
+              "`make setup` or `pip install --no-build-isolation .` builds it", file=sys.stderr)
         minter_warp_missing = None
     return minter_warp is not None
 
@@ -229,7 +229,7 @@ def projective_warp(images, coefficients, fill=128.0):
     """
     if images.dim() != 4 or coefficients.shape != (len(images), 8):
         raise ValueError(f"projective_warp takes images (N, C, H, W) and coefficients (N, 8), "
-                         f"not {tuple(images.shape)} and {tuple(coefficients.shape)}")  # fmt: skip
+                         f"not {tuple(images.shape)} and {tuple(coefficients.shape)}")
     if images.dtype in (torch.float16, torch.bfloat16):
         return projective_warp(images.float(), coefficients, fill).to(images.dtype)
     if images.dtype not in (torch.uint8, torch.float32, torch.float64):
@@ -280,7 +280,7 @@ if minter_warp is not None:
     @torch.library.register_fake("minter::warp_backward")
     def _(grad, images, coefficients, index, crop, scale, images_needed, coefficients_needed):
         return (images.new_empty(grad.shape if images_needed else (0,)),
-                images.new_empty((len(grad), 8) if coefficients_needed else (0,), dtype=torch.float64))  # fmt: skip
+                images.new_empty((len(grad), 8) if coefficients_needed else (0,), dtype=torch.float64))
 
     def _save_for_backward(ctx, inputs, output):
         images, coefficients, index, crop, scale, _shift, _fill, _dtype = inputs
@@ -291,10 +291,10 @@ if minter_warp is not None:
         real = torch.float64 if images.dtype == torch.float64 else torch.float32
         need_images, need_coefficients = ctx.needs_input_grad[:2]
         grad_images, grad_coefficients = torch.ops.minter.warp_backward(
-            grad.to(real).contiguous(), images, coefficients, index, crop, scale, need_images, need_coefficients)  # fmt: skip
+            grad.to(real).contiguous(), images, coefficients, index, crop, scale, need_images, need_coefficients)
         return (grad_images if need_images else None,
                 grad_coefficients.to(coefficients.dtype) if need_coefficients else None,
-                None, None, None, None, None, None)  # fmt: skip
+                None, None, None, None, None, None)
 
     def _no_second_derivative(ctx, *grads):
         raise RuntimeError("the compiled warp has no second derivative; use projective_warp_reference for one")
@@ -326,7 +326,7 @@ def load_images(dataset, split, data_dir="data", image_size=32):
         return load_torchvision(dataset, split, data_dir, image_size)
     if not Path(dataset).is_dir():
         raise UserError(f"unknown data set '{dataset}': give digits, cifar10, stl10, or a folder that holds "
-                        "train/<class>/ and test/<class>/", exit_code=2)  # fmt: skip
+                        "train/<class>/ and test/<class>/", exit_code=2)
     return load_folder(Path(dataset), "test" if split == "test" else "train", image_size)
 
 
@@ -349,7 +349,7 @@ def resize(images, image_size, chunk=4096):
         return images
     size = (image_size, image_size)
     return torch.cat([F.interpolate(part.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-                      .round().clamp(0, 255).to(torch.uint8) for part in images.split(chunk)])  # fmt: skip
+                      .round().clamp(0, 255).to(torch.uint8) for part in images.split(chunk)])
 
 
 def load_torchvision(dataset, split, data_dir, image_size):
@@ -367,7 +367,7 @@ def load_torchvision(dataset, split, data_dir, image_size):
     except (OSError, RuntimeError, EOFError) as error:  # URLError is an OSError; a bad checksum, a RuntimeError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name} could not be downloaded into or read from '{data_dir}' ({reason}): try again, or use "
-                        "--dataset digits, which works offline, or --dataset DIR with images of your own") from error  # fmt: skip
+                        "--dataset digits, which works offline, or --dataset DIR with images of your own") from error
     labels = None if split == "unlabeled" and dataset == "stl10" else torch.as_tensor(labels).long()
     return resize(images, image_size), labels, list(data.classes)
 
@@ -394,13 +394,13 @@ def load_folder(folder, split, image_size):
         if entry.name not in classes:
             raise UserError(f"'{folder}/{split}/{entry.name}' has no counterpart in '{folder}/train/'")
         found = sorted((file for file in os.scandir(entry) if Path(file.name).suffix.lower() in IMAGE_SUFFIXES),
-                       key=lambda file: file.name)  # fmt: skip
+                       key=lambda file: file.name)
         for position, file in enumerate(found):
             state = file.stat()
             files.append((position, classes.index(entry.name), file.path, f"{state.st_size} {state.st_mtime_ns}"))
     if not files:
         raise UserError(f"'{folder}/{split}' holds no images: it is to hold one folder a class, with "
-                        f"{', '.join(sorted(IMAGE_SUFFIXES))} files")  # fmt: skip
+                        f"{', '.join(sorted(IMAGE_SUFFIXES))} files")
     files.sort(key=lambda file: file[:2])
     listing = [f"{Path(path).relative_to(folder)} {state}" for _, _, path, state in files]
     fingerprint = hashlib.sha256("\n".join([*classes, *listing]).encode()).hexdigest()
@@ -478,16 +478,16 @@ def training_parser(description, example, output):
     add("--dataset", help="digits (offline), cifar10, stl10, or a folder with train/<class>/ and test/<class>/")
     add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
     add("--encoder", choices=["nin", "alexnet"],
-        help="default: the paper's, alexnet for stl10 and nin for all else; alexnet is some 5 times faster on a CPU")  # fmt: skip
+        help="default: the paper's, alexnet for stl10 and nin for all else; alexnet is some 5 times faster on a CPU")
     add("--image-size", type=positive(int), help="images are resized to this side; 32 as in the paper by default")
     add("--epochs", type=positive(int), default=200, help="200 as in the paper; 10 to 20 show whether it learns")
     add("--batch-size", type=positive(int), help="default: 512 for stl10, 256 for all else; halve it if memory is short")
     add("--lr", type=positive(float), default=1e-4,
-        help="Adam's; 1e-4 for long runs as in the paper, 5e-4 to 1e-3 for runs of few epochs")  # fmt: skip
+        help="Adam's; 1e-4 for long runs as in the paper, 5e-4 to 1e-3 for runs of few epochs")
     add("--seed", type=int, default=0, help="of weights, order, transformations and noise; vary it for error bars")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="auto: bf16 autocast where the hardware has it; fp32 if a loss looks noisy")  # fmt: skip
+        help="auto: bf16 autocast where the hardware has it; fp32 if a loss looks noisy")
     add("--limit", type=positive(int), metavar="N", help="train on the first N images only, for tries")
     add("--output", default=output, help="checkpoint to write, the log goes beside it (default: %(default)s)")
     return parser
@@ -538,7 +538,7 @@ class Run:
         for name in ("encoder", "image_size"):
             if pretrained and getattr(args, name) != given[name]:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit --pretrained "
-                                f"'{args.pretrained}', which was trained with {given[name]}", exit_code=2)  # fmt: skip
+                                f"'{args.pretrained}', which was trained with {given[name]}", exit_code=2)
         if args.image_size < 32 and args.encoder == "alexnet":
             raise UserError("--encoder alexnet takes images of 32 pixels or more", exit_code=2)
         self.method, self.args, self.yardsticks = method, args, yardsticks or {}
@@ -551,7 +551,7 @@ class Run:
         images = images[: args.limit]
         if args.batch_size > len(images):
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(images)} training images: "
-                            f"give at most --batch-size {len(images)}", exit_code=2)  # fmt: skip
+                            f"give at most --batch-size {len(images)}", exit_code=2)
         self.images = images.to(self.device)  # (N, 3, S, S) uint8
         mean, std = (given["mean"], given["std"]) if pretrained else image_statistics(args.dataset, images)
         self.config = {**vars(args), "mean": list(mean), "std": list(std)}
@@ -560,7 +560,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         print(f"{method}: {len(images):,} images of {args.dataset}, {args.encoder}, {self.device.type}, "
-              f"{str(self.dtype).removeprefix('torch.')}, seed {args.seed}")  # fmt: skip
+              f"{str(self.dtype).removeprefix('torch.')}, seed {args.seed}")
 
     def _check_output(self):
         """Before hours of training, not after: the checkpoint can be written, and writing it loses nothing."""
@@ -584,7 +584,7 @@ class Run:
         for epoch in range(1, self.args.epochs + 1):
             self.epoch, self._sums, self._seen, self._start = epoch, {}, 0, time.perf_counter()
             self._bar = tqdm(total=len(self.images), desc=f"epoch {epoch}/{self.args.epochs}", unit=" images",
-                             leave=False, disable=None)  # fmt: skip
+                             leave=False, disable=None)
             self._shown = self._start
             model.train()
             yield epoch
@@ -617,9 +617,9 @@ class Run:
             bad = next(name for name, value in means.items() if not math.isfinite(value))
             kept = f"; the checkpoint of epoch {self.epoch - 1} is kept in '{self.output}'" if self.epoch > 1 else ""
             raise UserError(f"the {bad} became {means[bad]} in epoch {self.epoch}{kept}: try a lower --lr or "
-                            "--precision fp32")  # fmt: skip
+                            "--precision fp32")
         row = {"epoch": self.epoch, **means, **self.yardsticks, "images_per_second": self._seen / seconds,
-               "seconds": seconds}  # fmt: skip
+               "seconds": seconds}
         try:
             with open(self.log, "a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -658,7 +658,7 @@ def save_checkpoint(path, method, config, model, optimizer, epoch):
     """A plain dict of tensors and plain values; `model.encoder` is what the probe evaluates."""
     save_atomically({"format_version": FORMAT_VERSION, "method": method, "config": config, "epoch": epoch,
                      "encoder": model.encoder.state_dict(), "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict()}, path)  # fmt: skip
+                     "optimizer": optimizer.state_dict()}, path)
 
 
 def load_checkpoint(path, method=None):
@@ -669,7 +669,7 @@ def load_checkpoint(path, method=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"'{path}' is no checkpoint of minTER: it is truncated, or holds more than tensors and plain "
-                        "values, which is not loaded; train it again") from error  # fmt: skip
+                        "values, which is not loaded; train it again") from error
     keys = {"format_version": int, "method": str, "config": dict, "epoch": int, "encoder": dict, "model": dict}
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
         raise UserError(f"'{path}' is no checkpoint of minTER: it lacks some of {', '.join(keys)}")
@@ -688,5 +688,5 @@ def load_encoder(checkpoint, path):
         encoder.load_state_dict(checkpoint["encoder"])
     except Exception as error:
         raise UserError(f"the weights in '{path}' do not fit the encoder '{config.get('encoder')}' at image size "
-                        f"{config.get('image_size')} that it names") from error  # fmt: skip
+                        f"{config.get('image_size')} that it names") from error
     return encoder.eval()

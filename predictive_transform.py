@@ -44,7 +44,7 @@ class PredictiveTransform(nn.Module):
             nn.Linear(features, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
             nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
             nn.Linear(1024, 8),
-        )  # fmt: skip
+        )
 
     def forward(self, transformed):
         mu, logvar = self.encoder(transformed)

@@ -11,8 +11,9 @@ transformed image t(x): it maximises the Barber-Agakov bound of I(z_hat; z), whi
 
 Read from the paper as follows. Eq. 18 prints sigma(z_hat) where the text states N(mu, I): unit variance is used. Both z
 and z_hat are sampled. Frozen means no gradient and batch normalisation in eval mode: phase one leaves this script bit
-for bit as it came. What the paper calls log sigma is a log-variance; its mean is logged. The decoder never sees t, so at
-best z_hat predicts the mean of z over transformations: "explained" is the share of z's variance that it predicts.
+for bit as it came. What the paper calls log sigma is a log-variance; its mean is logged. The decoder never sees t, so
+at best z_hat predicts the mean of z over transformations; whether it is equivariant is to be measured, the objective
+does not ask for it. "explained" is the share of z's variance within the batch that D(z_hat) predicts.
 """
 
 import torch
@@ -45,7 +46,7 @@ class VTEBarberAgakov(nn.Module):
                 nn.Linear(features, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
                 nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
                 nn.Linear(1024, features),
-            )  # fmt: skip
+            )
         else:  # the paper's with NIN
             self.decoder = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(inplace=True), nn.Linear(2048, features))
 
@@ -73,7 +74,7 @@ def vte_ba_loss(prediction, z, logvar):
 def train(args):
     if args.pretrained is None:
         raise UserError("--pretrained is needed, the checkpoint of phase one: run `python predictive_transform.py "
-                        f"--dataset {args.dataset or 'cifar10'} --output pt.ckpt` first", exit_code=2)  # fmt: skip
+                        f"--dataset {args.dataset or 'cifar10'} --output pt.ckpt` first", exit_code=2)
     checkpoint = load_checkpoint(args.pretrained, "predictive_transform")
     phase_one = load_encoder(checkpoint, args.pretrained)
     run = Run("vte_ba", args, pretrained=checkpoint)
@@ -105,7 +106,7 @@ def parse_args():
         output="vte_ba.ckpt",
     )
     parser.add_argument("--pretrained", metavar="CKPT",
-                        help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")  # fmt: skip
+                        help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The warp: against PIL, against the PyTorch reference, its gradients, its training form, and what must never happen."""
+"""The warp: against PIL, against the PyTorch reference, its gradients, its training form, what must never happen."""
 
 import math
 
@@ -36,7 +36,8 @@ def warp_by_pil(image, coefficients, fill=(128, 128, 128)):
     """image: (3, H, W) uint8. The coefficients are the same float32 numbers, which PIL reads as doubles."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     data = [float(c) for c in coefficients]
-    warped = picture.transform(picture.size, Image.Transform.PERSPECTIVE, data, Image.Resampling.BILINEAR, fillcolor=fill)
+    kind, filter = Image.Transform.PERSPECTIVE, Image.Resampling.BILINEAR
+    warped = picture.transform(picture.size, kind, data, filter, fillcolor=fill)
     return torch.from_numpy(np.array(warped)).permute(2, 0, 1)
 
 
@@ -60,7 +61,7 @@ def test_a_horizon_inside_the_image_does_what_pil_does(device):
     # The denominator changes sign between the columns of the image: beyond the horizon the map is mirrored, and PIL
     # reads whatever lies inside.
     coefficients = torch.tensor([[-0.5, 0, 0, 0, -0.5, 0, -1 / 16.25, 0], [-1, 0, 16, 0.1, -1, 2, -1 / 20.3, -1 / 50.1],
-                                 [-0.6, 0.1, 1, 0.2, -0.8, -1, -0.07, 0.02]])  # fmt: skip
+                                 [-0.6, 0.1, 1, 0.2, -0.8, -1, -0.07, 0.02]])
     x, y = torch.arange(32) + 0.5, (torch.arange(32) + 0.5)[:, None]
     denominator = coefficients[:, 6, None, None] * x + coefficients[:, 7, None, None] * y + 1
     images = random_images(3)
@@ -75,7 +76,7 @@ def test_a_horizon_inside_the_image_does_what_pil_does(device):
 def test_where_the_map_is_undefined_the_value_is_the_fill(device):
     # g x + 1 is exactly zero in column 7 (x = 7.5), where u and v are infinite or, with a zero numerator, not a number.
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)
-    coefficients = torch.tensor([[1.0, 0, 0, 0, 1, 0, -1 / 7.5, 0], [0, 0, 0, 0, 0, 0, -1 / 7.5, 0]], dtype=torch.float64)
+    coefficients = torch.tensor([[1.0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.float64)
     coefficients[:, 6] = -1 / 7.5
     assert (coefficients[:, 6] * 7.5 + 1 == 0).all()
     for warp in (projective_warp, projective_warp_reference):
@@ -114,12 +115,13 @@ def test_strides_types_and_empty_batches(device):
     for name, laid_out in layouts.items():
         assert torch.allclose(projective_warp(laid_out, coefficients), expected, atol=1e-3), name
         assert torch.equal(projective_warp(laid_out.to(torch.uint8), coefficients),
-                           projective_warp(images.to(torch.uint8), coefficients)), name  # fmt: skip
+                           projective_warp(images.to(torch.uint8), coefficients)), name
     expanded = images[:1].expand(8, -1, -1, -1)
     assert torch.allclose(projective_warp(expanded, coefficients),
-                          projective_warp_reference(expanded.contiguous(), coefficients), atol=1e-3)  # fmt: skip
+                          projective_warp_reference(expanded.contiguous(), coefficients), atol=1e-3)
     columns = coefficients.T.contiguous().T
-    assert not columns.is_contiguous() and torch.equal(projective_warp(images, columns), projective_warp(images, coefficients))
+    assert not columns.is_contiguous()
+    assert torch.equal(projective_warp(images, columns), projective_warp(images, coefficients))
     assert projective_warp(images[:0], coefficients[:0]).shape == (0, 3, 32, 32)
     assert projective_warp(images[:, :0], coefficients).shape == (8, 0, 32, 32)
     assert projective_warp(images[..., :0], coefficients).shape == (8, 3, 32, 0)
@@ -133,8 +135,8 @@ def test_strides_types_and_empty_batches(device):
 def test_the_identity_and_a_quarter_turn_are_exact():
     images = random_images(4)
     assert torch.equal(projective_warp(images, IDENTITY.repeat(4, 1)), images)
-    turn = torch.tensor([[0.0, 1, 0, -1, 0, 32, 0, 0]]).repeat(4, 1)  # reads (y, W - x)
-    assert torch.equal(projective_warp(images, turn), images.rot90(-1, (2, 3)).flip(2, 3).rot90(2, (2, 3)))
+    turn = torch.tensor([[0.0, 1, 0, -1, 0, 32, 0, 0]]).repeat(4, 1)  # (x, y) reads (y, 32 - x): a turn clockwise
+    assert torch.equal(projective_warp(images, turn), images.rot90(-1, (2, 3)))
 
 
 def test_wrong_arguments_get_a_clear_exception():
@@ -252,7 +254,8 @@ def test_gradient_of_the_training_form_reaches_the_coefficients():
 
 def test_only_the_gradients_asked_for_and_no_second_derivative():
     images, coefficients = small_problem()
-    (gradient,) = torch.autograd.grad(projective_warp(images.detach(), coefficients).sum(), coefficients, create_graph=True)
+    warped = projective_warp(images.detach(), coefficients)
+    (gradient,) = torch.autograd.grad(warped.sum(), coefficients, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
     projective_warp(images, coefficients.detach()).sum().backward()
@@ -275,12 +278,12 @@ def test_opcheck(device):
         (images.detach().to(torch.uint8), coefficients[:2].detach().requires_grad_(), index, crops, scale, shift, 1.0,
          torch.bfloat16),
         (images.detach().to(torch.uint8), None, index, crops, scale, shift, 1.0, torch.float32),
-    ]  # fmt: skip
+    ]
     for sample in samples:
         torch.library.opcheck(torch.ops.minter.warp, sample)
     grad = torch.rand_like(images)
     torch.library.opcheck(torch.ops.minter.warp_backward,
-                          (grad, images.detach(), coefficients.detach(), None, None, None, True, True))  # fmt: skip
+                          (grad, images.detach(), coefficients.detach(), None, None, None, True, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,50 @@
+# make demo    both phases of VTE trained and probed on scikit-learn's digits, offline
+# make test    the tests
+# make lint    ruff
+# make setup   .venv with all that is needed and the compiled warp; done once
+# make clean   removes what the others made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs/demo
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+
+.PHONY: demo test lint setup clean
+
+setup: $(VENV)/.built
+
+# torch first, because the extension is built against it, and with its torchvision.
+$(VENV)/.installed:
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV): PyTorch is some gigabytes, which takes minutes"
+	@$(PIP) --quiet torch torchvision ninja pybind11 setuptools wheel
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
+	@echo "building the compiled warp"
+	@$(PIP) --verbose --no-build-isolation '.[dev]' > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@sed -n 's/^ *\(minter: building.*\)/\1/p' $(VENV)/build.log | tail -n 1
+	@$(BIN)/python -c 'import torch, minter_warp; print("built:", minter_warp.build_info())'
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/python -m ruff check .
+
+demo: setup
+	rm -rf $(RUNS)
+	$(BIN)/python predictive_transform.py $(DEMO_FLAGS) --epochs $(DEMO_EPOCHS) --output $(RUNS)/pt.ckpt
+	$(BIN)/python vte_ba.py --pretrained $(RUNS)/pt.ckpt $(DEMO_FLAGS) --epochs $(DEMO_EPOCHS) --output $(RUNS)/vte_ba.ckpt
+	$(BIN)/python results/figures.py transformations --dataset digits --output $(RUNS)/transformations.png
+	$(BIN)/python results/figures.py curves $(RUNS)/pt.jsonl $(RUNS)/vte_ba.jsonl --output $(RUNS)/curves.png
+	$(BIN)/python probe.py $(RUNS)/pt.ckpt $(RUNS)/vte_ba.ckpt --train-sizes 1000 100 --json $(RUNS)/probe.json
+	@echo "pictures: $(RUNS)/transformations.png $(RUNS)/curves.png"
+
+DEMO_FLAGS := --dataset digits --batch-size 64 --lr 1e-3
+DEMO_EPOCHS := 10
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs/demo .pytest_cache .ruff_cache

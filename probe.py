@@ -1,0 +1,305 @@
+"""Evaluates saved encoders: frozen features, an MLP, k-nearest neighbours and multinomial logistic regression.
+
+The protocol of VTE (Sinaga, Basaruddin & Krisnadhi, ICPRAM 2022, section 4): class-balanced subsets of the training
+labels; a probabilistic encoder's z is sampled, each test image is classified `--passes` times, and the mean error is
+reported with its standard deviation over the passes (which says nothing about training seeds). Two rows and a column of
+ours make the others readable: the mean mu in place of a sampled z, an untrained encoder of the same architecture (its
+batch normalisation calibrated on training images), and the raw pixels.
+
+    python probe.py pt.ckpt vte_ba.ckpt --train-sizes 5000 500 --json probe.json
+
+What the paper does not state and this script chose is printed with the table and defined by the constants below.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+from tqdm import tqdm
+
+from common import (
+    Parser,
+    UserError,
+    build_encoder,
+    choose_device,
+    choose_precision,
+    load_checkpoint,
+    load_encoder,
+    load_images,
+    normalization,
+    positive,
+    reparameterize,
+    run_command,
+    warp_batch,
+)
+
+MLP_EPOCHS, MLP_BATCH, MLP_LR = 30, 128, 1e-3  # Adam
+NEIGHBOURS = 5  # the paper's; uniform weights, Euclidean distance between unscaled features
+LOGISTIC_C, LOGISTIC_ITERATIONS = 1.0, 100  # the paper's 100 iterations of SAG; L2 weight 1 / C
+CALIBRATION_IMAGES = 2048
+NAMES = {"mlp": "MLP", "knn": "k-NN", "logistic": "logistic regression"}
+
+
+class Representation:
+    """One row of the table: features of training and test images, mu (N, D) and log-variance (N, D) or None."""
+
+    def __init__(self, checkpoint, method, features, train, test):
+        self.checkpoint, self.method, self.features = checkpoint, method, features
+        self.mu, self.logvar = {"train": train[0], "test": test[0]}, {"train": train[1], "test": test[1]}
+        self.sampled = features == "sample"
+        if not all(bool(self.draw(split).isfinite().all()) for split in ("train", "test")):
+            raise UserError(f"the features of {checkpoint or method} are not finite: its weights are broken")
+
+    def draw(self, split):
+        mu, logvar = self.mu[split], self.logvar[split]
+        return reparameterize(mu, logvar) if self.sampled else mu
+
+    def label(self):
+        name = f"{self.method} ({self.checkpoint})" if self.checkpoint else self.method
+        return name, {"sample": "z sampled", "mu": "mu", None: ""}[self.features]
+
+
+@torch.no_grad()
+def encode(encoder, images, mean, std, device, dtype, batch_size=500):
+    """Images (N, 3, S, S) uint8 -> mu, logvar, (N, D) float32 on the CPU; no logvar (None) where nothing is sampled."""
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    images, (scale, shift) = images.to(device), normalization(mean, std, device)
+    batches, outputs = torch.arange(len(images), device=device).split(batch_size), []
+    for index in tqdm(batches, desc="encoding", leave=False, disable=None):
+        batch = warp_batch(images, index, scale=scale, shift=shift, dtype=dtype)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = encoder(batch)
+        outputs.append([part.float().cpu() for part in (output if isinstance(output, tuple) else (output,))])
+    parts = [torch.cat(part) for part in zip(*outputs, strict=True)]
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def random_encoder(kind, images, config, seed, device, dtype):
+    """An untrained encoder whose batch normalisation has the statistics of (up to 2,048) training images."""
+    torch.manual_seed(seed)
+    encoder = build_encoder(kind, config["image_size"]).train()
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the running statistics become plain averages over the batches
+    encode(encoder, images[:CALIBRATION_IMAGES], config["mean"], config["std"], device, dtype)
+    return encoder.eval()
+
+
+def balanced_subset(labels, n, seed):
+    """Indices of n images with equally many of each class (the first classes one more where n does not divide), or None
+    where the labels cannot give them. Smaller subsets of the same seed lie within larger ones."""
+    if n == len(labels):
+        return torch.arange(n)
+    classes = int(labels.max()) + 1
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = []
+    for label in range(classes):
+        wanted = n // classes + (label < n % classes)
+        of_class = order[labels[order] == label][:wanted]
+        if len(of_class) < wanted:
+            return None
+        chosen.append(of_class)
+    return torch.cat(chosen)
+
+
+def standardizer(features):
+    """Mean 0 and variance 1 in each dimension, measured on the training features."""
+    mean, std = features.mean(0), features.std(0)
+    std = torch.where(std > 0, std, 1.0)
+    return lambda values: (values - mean) / std
+
+
+def mlp_predictions(representation, index, labels, classes, passes, device, dtype):
+    """Three layers, 2048-2048-classes (the paper's); sampled features are drawn anew in each epoch."""
+    scaled = standardizer(representation.draw("train")[index])
+    width = representation.mu["train"].shape[1]
+    model = nn.Sequential(nn.Linear(width, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, classes))
+    model, labels = model.to(device), labels.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=MLP_LR)
+    for _ in range(MLP_EPOCHS):
+        features = scaled(representation.draw("train")[index]).to(device)
+        for batch in torch.randperm(len(index)).to(device).split(MLP_BATCH):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(features[batch])
+            loss = nn.functional.cross_entropy(logits.float(), labels[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    for _ in range(passes):
+        with torch.no_grad():
+            yield model(scaled(representation.draw("test")).to(device)).argmax(1).cpu().numpy()
+
+
+def knn_predictions(representation, index, labels, passes):
+    model = KNeighborsClassifier(min(NEIGHBOURS, len(index)), algorithm="brute", n_jobs=-1)
+    model.fit(representation.draw("train")[index].numpy(), labels.numpy())
+    for _ in range(passes):
+        yield model.predict(representation.draw("test").numpy())
+
+
+def logistic_predictions(representation, index, labels, passes, seed):
+    train = representation.draw("train")[index]
+    scaled = standardizer(train)
+    model = LogisticRegression(solver="sag", C=LOGISTIC_C, max_iter=LOGISTIC_ITERATIONS, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 100 iterations are the protocol
+        model.fit(scaled(train).numpy(), labels.numpy())
+    for _ in range(passes):
+        yield model.predict(scaled(representation.draw("test")).numpy())
+
+
+def errors_of(classifier, representation, index, train_labels, test_labels, passes, seed, device, dtype):
+    """The error rate of each pass over the test images; one pass where nothing is sampled."""
+    torch.manual_seed(seed)
+    passes = passes if representation.sampled else 1
+    labels, classes = train_labels[index], int(train_labels.max()) + 1
+    if classifier == "mlp":
+        predictions = mlp_predictions(representation, index, labels, classes, passes, device, dtype)
+    elif classifier == "knn":
+        predictions = knn_predictions(representation, index, labels, passes)
+    else:
+        predictions = logistic_predictions(representation, index, labels, passes, seed)
+    return [float(np.mean(predicted != test_labels.numpy())) for predicted in predictions]
+
+
+def load_checkpoints(paths, dataset):
+    """(short name, checkpoint, encoder) of each path, and the data set to probe them on."""
+    loaded = [(path, load_checkpoint(path)) for path in paths]
+    short = [Path(path).name for path in paths]
+    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
+    checkpoints = [(name, checkpoint, load_encoder(checkpoint, path))
+                   for name, (path, checkpoint) in zip(names, loaded, strict=True)]
+    for name, flag in (("dataset", "--dataset"), ("image_size", None)):
+        values = sorted({str(checkpoint["config"][name]) for _, checkpoint, _ in checkpoints})
+        if len(values) > 1 and not (flag and dataset):
+            raise UserError(f"the checkpoints differ in {name} ({', '.join(values)}): probe them one by one"
+                            + (f", or say with {flag} what to probe all of them on" if flag else ""), exit_code=2)
+    return checkpoints, dataset or checkpoints[0][1]["config"]["dataset"]
+
+
+def choose_subsets(labels, sizes, seed, dataset):
+    """{size: indices} for the sizes that the labels can give, and a note on each that they cannot."""
+    subsets = {size: balanced_subset(labels, size, seed) for size in sorted(set(sizes), reverse=True)}
+    notes = [f"{size:,} class-balanced training images are more than {dataset} can give: left out"
+             for size, subset in subsets.items() if subset is None]
+    subsets = {size: subset for size, subset in subsets.items() if subset is not None}
+    if not subsets:
+        subsets = {len(labels): torch.arange(len(labels))}
+        notes.append(f"all {len(labels):,} training images are used instead")
+    return subsets, notes
+
+
+def probe(args):
+    """Returns the rows of the table, dicts with what --json writes and a label, and the notes to print under it."""
+    checkpoints, dataset = load_checkpoints(args.checkpoints, args.dataset)
+    device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
+    image_size = checkpoints[0][1]["config"]["image_size"]
+    images, labels, class_names = load_images(dataset, "train", args.data_dir, image_size)
+    test_images, test_labels, _ = load_images(dataset, "test", args.data_dir, image_size)
+    subsets, notes = choose_subsets(labels, args.train_sizes, args.seed, dataset)
+    used, positions = torch.cat(list(subsets.values())).unique(return_inverse=True)  # encode no image without need
+    images, labels = images[used], labels[used]
+    subsets = dict(zip(subsets, positions.split([len(subset) for subset in subsets.values()]), strict=True))
+
+    def represent(name, method, encoder, config):
+        train, test = (encode(encoder, split, config["mean"], config["std"], device, dtype)
+                       for split in (images, test_images))
+        kinds = ["mu"] if train[1] is None else ["sample", "mu"]
+        return [Representation(name, method, kind, train, test) for kind in kinds]
+
+    representations, untrained = [], {}
+    for name, checkpoint, encoder in checkpoints:
+        config = checkpoint["config"]
+        representations += represent(name, checkpoint["method"], encoder, config)
+        untrained.setdefault(config["encoder"], config)
+    for kind, config in untrained.items():
+        encoder = random_encoder(kind, images, config, args.seed, device, dtype)
+        representations += represent(None, f"random encoder ({kind})", encoder, config)
+    pixels = [(split.flatten(1).float() / 255, None) for split in (images, test_images)]
+    representations.append(Representation(None, "raw pixels", None, *pixels))
+
+    rows = []
+    work = [(c, r, size) for c in args.classifiers for r in representations for size in subsets]
+    for classifier, representation, size in tqdm(work, desc="classifiers", leave=False, disable=None):
+        errors = errors_of(classifier, representation, subsets[size], labels, test_labels, args.passes, args.seed,
+                           device, dtype)
+        rows.append({"checkpoint": representation.checkpoint, "method": representation.method,
+                     "features": representation.features, "classifier": classifier, "train_size": size,
+                     "error_mean": float(np.mean(errors)),
+                     "error_std": float(np.std(errors, ddof=1)) if len(errors) > 1 else 0.0,
+                     "passes": len(errors), "seed": args.seed, "dataset": dataset, "label": representation.label()})
+    chance = 1 - 1 / len(class_names)
+    notes.append(f"{dataset}: error on {len(test_labels):,} test images, chance {chance:.3f}; z sampled: mean ± standard "
+                 f"deviation over {args.passes} passes; seed {args.seed}")
+    return rows, notes
+
+
+def print_table(rows, notes):
+    """A block for each classifier, a line for each representation, a column for each number of training labels."""
+    sizes = sorted({row["train_size"] for row in rows}, reverse=True)
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    width = max(len(name) for name, _ in labels)
+    protocol = {
+        "mlp": f"2048-2048-classes, Adam {MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, standardised features",
+        "knn": f"K = {NEIGHBOURS}, uniform weights, Euclidean distance, unscaled features",
+        "logistic": f"SAG, {LOGISTIC_ITERATIONS} iterations, L2 with C = {LOGISTIC_C:g}, standardised features",
+    }
+    cells = {(row["classifier"], row["label"], row["train_size"]): row for row in rows}
+    for classifier in dict.fromkeys(row["classifier"] for row in rows):
+        print(f"\n{NAMES[classifier]} ({protocol[classifier]})")
+        print(f"  {'training labels':{width + 11}}" + "".join(f"{size:>16,}" for size in sizes))
+        for name, features in labels:
+            shown = ""
+            for row in (cells[classifier, (name, features), size] for size in sizes):
+                deviation = f" ± {row['error_std']:.3f}" if row["passes"] > 1 else " " * 8
+                shown += f"{row['error_mean']:.3f}{deviation}".rjust(16)
+            print(f"  {name:{width}}  {features:9}{shown}")
+    print()
+    for note in notes:
+        print(note)
+
+
+def write_json(rows, path):
+    Path(path).write_text(json.dumps([{k: v for k, v in row.items() if k != "label"} for row in rows], indent=1) + "\n")
+
+
+def parse_args():
+    parser = Parser(description="Evaluate checkpoints of any minTER script on labels, beside a random encoder and pixels.",
+                    epilog="example:\n  python probe.py pt.ckpt vte_ba.ckpt --train-sizes 5000 500 --json rows.json")
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT", help="data set, encoder and sizes come from the checkpoint")
+    add("--classifiers", nargs="+", choices=list(NAMES), default=list(NAMES), help="default: all three")
+    add("--train-sizes", nargs="+", type=positive(int), default=[50000, 5000, 500], metavar="N",
+        help="labelled images to train on; fewer is faster (default: 50000 5000 500)")
+    add("--passes", type=positive(int), default=5, help="times z is sampled for the test images (default: 5)")
+    add("--dataset", help="other data: digits, cifar10, stl10 or a folder (default: the checkpoint's)")
+    add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of subsets, sampled z, MLP weights and the random encoder")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the encoder and the MLP")
+    add("--json", metavar="FILE", help="also write the rows, as a list of objects")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.json:
+        try:
+            open(args.json, "a").close()  # said now, not after the work
+        except OSError as error:
+            raise UserError(f"cannot write '{args.json}' ({error.strerror}): give another --json") from error
+    rows, notes = probe(args)
+    print_table(rows, notes)
+    if args.json:
+        write_json(rows, args.json)
+
+
+if __name__ == "__main__":
+    run_command(main)
