@@ -331,11 +331,13 @@ def load_images(dataset, split, data_dir="data", image_size=32):
 
 
 def load_digits_split(split, image_size):
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, enlarged; every fifth is a test image."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, enlarged; every fifth of each class is a test image."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    test = np.arange(len(digits.target)) % 5 == 4
+    test = np.zeros(len(digits.target), dtype=bool)
+    for label in range(10):
+        test[np.flatnonzero(digits.target == label)[4::5]] = True
     chosen = test if split == "test" else ~test
     grey = torch.from_numpy(digits.images[chosen] * (255 / 16))[:, None]  # (N, 1, 8, 8), 16 grey levels
     images = F.interpolate(grey, size=(image_size, image_size), mode="bicubic", align_corners=False)
@@ -478,12 +480,12 @@ def training_parser(description, example, output):
     add("--dataset", help="digits (offline), cifar10, stl10, or a folder with train/<class>/ and test/<class>/")
     add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
     add("--encoder", choices=["nin", "alexnet"],
-        help="default: the paper's, alexnet for stl10 and nin for all else; alexnet is some 5 times faster on a CPU")
+        help="default: the paper's, alexnet for stl10 and nin for all else; both must be the same in both phases")
     add("--image-size", type=positive(int), help="images are resized to this side; 32 as in the paper by default")
     add("--epochs", type=positive(int), default=200, help="200 as in the paper; 10 to 20 show whether it learns")
-    add("--batch-size", type=positive(int), help="default: 512 for stl10, 256 for all else; halve it if memory is short")
+    add("--batch-size", type=positive(int), help="default: 512 for stl10, 256 for all else; smaller for few images")
     add("--lr", type=positive(float), default=1e-4,
-        help="Adam's; 1e-4 for long runs as in the paper, 5e-4 to 1e-3 for runs of few epochs")
+        help="Adam's; 1e-4 for long runs as in the paper, 5e-4 for runs of few epochs; sigma can diverge above that")
     add("--seed", type=int, default=0, help="of weights, order, transformations and noise; vary it for error bars")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
@@ -613,11 +615,12 @@ class Run:
     def _finish_epoch(self, model, optimizer):
         means = {name: (total / self._seen).item() for name, total in self._sums.items()}
         seconds = time.perf_counter() - self._start
-        if not all(math.isfinite(value) for value in means.values()):
-            bad = next(name for name, value in means.items() if not math.isfinite(value))
+        bad = [f"the {name} became {value}" for name, value in means.items() if not math.isfinite(value)]
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            bad.append("weights became infinite or NaN")
+        if bad:
             kept = f"; the checkpoint of epoch {self.epoch - 1} is kept in '{self.output}'" if self.epoch > 1 else ""
-            raise UserError(f"the {bad} became {means[bad]} in epoch {self.epoch}{kept}: try a lower --lr or "
-                            "--precision fp32")
+            raise UserError(f"{bad[0]} in epoch {self.epoch}{kept}: try a lower --lr or --precision fp32")
         row = {"epoch": self.epoch, **means, **self.yardsticks, "images_per_second": self._seen / seconds,
                "seconds": seconds}
         try:
@@ -671,8 +674,11 @@ def load_checkpoint(path, method=None):
         raise UserError(f"'{path}' is no checkpoint of minTER: it is truncated, or holds more than tensors and plain "
                         "values, which is not loaded; train it again") from error
     keys = {"format_version": int, "method": str, "config": dict, "epoch": int, "encoder": dict, "model": dict}
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in keys.items()):
-        raise UserError(f"'{path}' is no checkpoint of minTER: it lacks some of {', '.join(keys)}")
+    settings = ("dataset", "encoder", "image_size", "mean", "std")
+    if (not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in keys.items())
+            or not all(name in checkpoint["config"] for name in settings)):
+        raise UserError(f"'{path}' is no checkpoint of minTER: it lacks some of {', '.join(keys)}, or its config some "
+                        f"of {', '.join(settings)}")
     if checkpoint["format_version"] != FORMAT_VERSION:
         raise UserError(f"'{path}' has format version {checkpoint['format_version']}; this code reads {FORMAT_VERSION}")
     if method is not None and checkpoint["method"] != method:

@@ -236,8 +236,8 @@ def probe(args):
                      "error_std": float(np.std(errors, ddof=1)) if len(errors) > 1 else 0.0,
                      "passes": len(errors), "seed": args.seed, "dataset": dataset, "label": representation.label()})
     chance = 1 - 1 / len(class_names)
-    notes.append(f"{dataset}: error on {len(test_labels):,} test images, chance {chance:.3f}; z sampled: mean ± standard "
-                 f"deviation over {args.passes} passes; seed {args.seed}")
+    notes.append(f"{dataset}: error on {len(test_labels):,} test images, chance {chance:.3f}; z sampled: mean ± "
+                 f"standard deviation over {args.passes} passes; seed {args.seed}")
     return rows, notes
 
 
@@ -271,7 +271,7 @@ def write_json(rows, path):
 
 
 def parse_args():
-    parser = Parser(description="Evaluate checkpoints of any minTER script on labels, beside a random encoder and pixels.",
+    parser = Parser(description="Evaluate checkpoints on labels, beside a random encoder and raw pixels.",
                     epilog="example:\n  python probe.py pt.ckpt vte_ba.ckpt --train-sizes 5000 500 --json rows.json")
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="data set, encoder and sizes come from the checkpoint")

@@ -131,7 +131,7 @@ def test_each_method_learns_when_lifted_out_of_its_script():
     torch.nn.init.normal_(phase_one.mu.weight)  # codes that differ from image to image
     pairs.append((VTEBarberAgakov(AlexNet(), phase_one), lambda m: vte_ba_loss(*m(images, transformed))[0]))
     for model, loss_of in pairs:
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-4)
         losses = []
         for _ in range(60):
             loss = loss_of(model)

@@ -1,0 +1,121 @@
+"""The probe: its subsets, its classifiers on representations with known answers, its rows."""
+
+import numpy as np
+import pytest
+import torch
+
+import probe
+from common import NIN, UserError
+from probe import Representation, balanced_subset, choose_subsets, errors_of
+
+
+def planted(separation, noise_logvar, n=600, classes=3, dimensions=8, features="sample", seed=0):
+    """Class means `separation` apart along the axes, and the encoder's sigma: training and test features, labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(2 * n) % classes
+    mu = separation * torch.eye(dimensions)[labels] + 0.1 * torch.randn(2 * n, dimensions, generator=generator)
+    logvar = torch.full_like(mu, noise_logvar)
+    train, test = (mu[:n], logvar[:n]), (mu[n:], logvar[n:])
+    return Representation("a.ckpt", "planted", features, train, test), labels[:n], labels[n:]
+
+
+def run(classifier, representation, train_labels, test_labels, passes=5):
+    index = torch.arange(len(train_labels))
+    return errors_of(classifier, representation, index, train_labels, test_labels, passes, 0, torch.device("cpu"),
+                     torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def short_mlp(monkeypatch):
+    monkeypatch.setattr(probe, "MLP_EPOCHS", 3)
+
+
+@pytest.mark.parametrize("classifier", ["mlp", "knn", "logistic"])
+def test_separable_classes_are_told_apart_and_random_features_are_chance(classifier):
+    assert max(run(classifier, *planted(5.0, -8.0))) < 0.01
+    chance = run(classifier, *planted(0.0, 0.0))
+    assert len(chance) == 5 and all(0.55 < error < 0.78 for error in chance)  # 2/3, with 600 test images
+
+
+@pytest.mark.parametrize("classifier", ["knn", "logistic"])
+def test_sampling_noise_costs_what_it_should_and_mu_is_free_of_it(classifier):
+    sampled = run(classifier, *planted(2.0, 0.0))  # unit noise, means 2 sqrt 2 apart: overlapping
+    exact = run(classifier, *planted(2.0, 0.0, features="mu"))
+    assert len(exact) == 1 and exact[0] < 0.01  # deterministic: one pass
+    assert len(set(sampled)) > 1  # each pass draws its own z
+    # The best possible classifier errs with probability P(some of two other coordinates exceeds its own): 0.14.
+    assert 0.10 < np.mean(sampled) < 0.27
+
+
+def test_knn_is_the_majority_of_five():
+    """Against a brute-force vote."""
+    representation, labels, test_labels = planted(0.8, -20.0, features="mu")
+    distances = torch.cdist(representation.mu["test"].double(), representation.mu["train"].double())
+    votes = labels[distances.topk(5, largest=False).indices]
+    counts = torch.nn.functional.one_hot(votes, 3).sum(1)
+    error = (counts.argmax(1) != test_labels).double().mean().item()  # ties go to the smaller label, as in scikit-learn
+    assert run("knn", representation, labels, test_labels)[0] == pytest.approx(error, abs=1e-9)
+
+
+def test_balanced_subsets():
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[order]
+    sixty, thirty, ten = (balanced_subset(labels, n, seed=0) for n in (60, 30, 10))
+    assert labels[sixty].bincount().tolist() == [20, 20, 20] and len(sixty.unique()) == 60
+    assert set(thirty.tolist()) < set(sixty.tolist()) and set(ten.tolist()) < set(thirty.tolist())
+    assert labels[ten].bincount().tolist() == [4, 3, 3]
+    assert balanced_subset(labels, 63, seed=0) is None  # class 2 has but 20
+    assert balanced_subset(labels, 100, seed=0).tolist() == list(range(100))  # all there is
+    assert not torch.equal(balanced_subset(labels, 30, seed=1).sort().values, thirty.sort().values)
+
+
+def test_sizes_that_the_data_cannot_give_are_left_out_with_a_note():
+    labels = torch.arange(100) % 2
+    subsets, notes = choose_subsets(labels, [50000, 40, 10, 10], 0, "pets")
+    assert list(subsets) == [40, 10] and len(notes) == 1 and "50,000" in notes[0] and "left out" in notes[0]
+    subsets, notes = choose_subsets(labels, [50000, 5000], 0, "pets")
+    assert list(subsets) == [100] and "all 100 training images are used" in notes[-1]
+
+
+def test_random_encoder_is_calibrated_on_the_images():
+    images = torch.randint(0, 256, (300, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    config = {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    arguments = ("nin", images, config, 0, torch.device("cpu"), torch.float32)
+    encoder = probe.random_encoder(*arguments)
+    assert not encoder.training
+    weights = dict(encoder.named_parameters())
+    torch.manual_seed(0)
+    assert all(torch.equal(weights[name], value) for name, value in NIN().named_parameters())  # untrained
+    first = encoder.trunk[0]
+    normal = (images.float() / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        expected = first[0](normal)
+    assert torch.allclose(first[1].running_mean, expected.mean((0, 2, 3)), atol=1e-3)
+    assert torch.allclose(first[1].running_var, expected.var((0, 2, 3)), rtol=0.02)
+
+
+def test_encode_normalises_and_does_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    encoder = NIN().eval()
+    images = torch.randint(0, 256, (7, 3, 32, 32)).to(torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    mu, logvar = probe.encode(encoder, images, mean, std, torch.device("cpu"), torch.float32, batch_size=3)
+    normal = (images.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    with torch.no_grad():
+        expected = encoder(normal)
+    assert torch.allclose(mu, expected[0], atol=1e-4) and torch.allclose(logvar, expected[1], atol=1e-4)
+
+    class Deterministic(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3))
+
+    features, nothing = probe.encode(Deterministic(), images, mean, std, torch.device("cpu"), torch.float32)
+    assert nothing is None and torch.allclose(features, normal.mean((2, 3)), atol=1e-4)
+
+
+def test_broken_weights_are_named():
+    mu = torch.zeros(4, 2)
+    with pytest.raises(UserError, match="features of a.ckpt are not finite"):
+        Representation("a.ckpt", "vte_ba", "mu", (mu / 0, mu), (mu, mu))
+    with pytest.raises(UserError, match="not finite"):
+        Representation("a.ckpt", "vte_ba", "sample", (mu, mu + 1000), (mu, mu))

@@ -1,0 +1,207 @@
+"""The commands as a user types them: real processes, small budgets, every kind of bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_common import make_folder, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+FEW = ["--dataset", "digits", "--limit", "256", "--epochs", "1", "--batch-size", "64", "--lr", "5e-4"]
+
+
+def run(*command, cwd, code=0, environment=None):
+    """Runs `python script ...` and checks its exit code; no traceback whatever happens."""
+    script, *rest = map(str, command)
+    result = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True,
+                            env={**os.environ, **(environment or {})}, timeout=200)
+    assert "Traceback" not in result.stderr, result.stderr
+    assert result.returncode == code, (result.stdout, result.stderr)
+    return result
+
+
+def refused(*command, cwd, code, says, environment=None):
+    """The command ends with this code and one sentence that holds `says`, and writes no checkpoint."""
+    before = {path: path.stat().st_mtime_ns for path in Path(cwd).rglob("*.ckpt")}
+    result = run(*command, cwd=cwd, code=code, environment=environment)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "error: " in lines[0] and says in lines[0], result.stderr
+    assert {path: path.stat().st_mtime_ns for path in Path(cwd).rglob("*.ckpt")} == before
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Both phases and the probe, each one command in one folder; every step's result."""
+    folder = tmp_path_factory.mktemp("trained")
+    results = {
+        "pt": run("predictive_transform.py", *FEW, "--epochs", 2, "--output", "pt.ckpt", cwd=folder),
+        "ba": run("vte_ba.py", "--pretrained", "pt.ckpt", *FEW, "--output", "ba.ckpt", cwd=folder),
+        "probe": run("probe.py", "pt.ckpt", "ba.ckpt", "--train-sizes", 50000, 100, "--passes", 2,
+                     "--classifiers", "knn", "logistic", "--json", "rows.json", cwd=folder),
+    }
+    return folder, results
+
+
+def test_both_phases_and_the_probe(trained):
+    folder, results = trained
+    log = [json.loads(line) for line in (folder / "pt.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [1, 2]
+    for row in log:
+        assert row["squared_error"] == pytest.approx(2 * row["loss"], rel=1e-5)
+        assert row["constant_predictor"] == 4.11 and row["rotation_only"] == 0.577
+        assert row["images_per_second"] > 0 and abs(row["logvar"]) < 2
+    assert results["pt"].stdout.count("epoch ") == 2
+    assert "python vte_ba.py --pretrained pt.ckpt" in results["pt"].stdout
+    assert "python probe.py pt.ckpt ba.ckpt" in results["ba"].stdout
+    (row,) = [json.loads(line) for line in (folder / "ba.jsonl").read_text().splitlines()]
+    assert {"loss", "explained", "logvar", "epoch"} <= set(row)
+
+
+def test_checkpoints_describe_themselves(trained):
+    folder, _ = trained
+    pt, ba = (torch.load(folder / name, weights_only=True) for name in ("pt.ckpt", "ba.ckpt"))
+    assert (pt["method"], pt["epoch"], ba["method"], ba["epoch"]) == ("predictive_transform", 2, "vte_ba", 1)
+    assert ba["config"]["dataset"] == "digits" and ba["config"]["encoder"] == "nin" and ba["config"]["image_size"] == 32
+    assert ba["config"]["mean"] == pt["config"]["mean"]
+    for name, value in pt["encoder"].items():  # phase one, bit for bit, batch normalisation included
+        assert torch.equal(ba["model"][f"phase_one.{name}"], value)
+        assert torch.equal(ba["encoder"][name], ba["model"][f"encoder.{name}"])
+    assert not torch.equal(ba["encoder"]["mu.weight"], pt["encoder"]["mu.weight"])
+
+
+def test_probe_rows(trained):
+    folder, results = trained
+    rows = json.loads((folder / "rows.json").read_text())
+    found = [(r["checkpoint"], r["method"], r["features"]) for r in rows if r["classifier"] == "knn"]
+    assert found == [("pt.ckpt", "predictive_transform", "sample"), ("pt.ckpt", "predictive_transform", "mu"),
+                     ("ba.ckpt", "vte_ba", "sample"), ("ba.ckpt", "vte_ba", "mu"),
+                     (None, "random encoder (nin)", "sample"), (None, "random encoder (nin)", "mu"),
+                     (None, "raw pixels", None)]
+    assert len(rows) == 14 and all(row["train_size"] == 100 for row in rows)
+    for row in rows:
+        assert 0 < row["error_mean"] < 0.95 and row["error_std"] >= 0
+        assert row["features"] == "sample" or (row["error_std"] == 0 and row["passes"] == 1)
+    pixels = next(r for r in rows if r["method"] == "raw pixels" and r["classifier"] == "knn")
+    assert pixels["error_mean"] < 0.25  # five neighbours among a hundred digits
+    out = results["probe"].stdout
+    assert "50,000 class-balanced training images are more than digits can give" in out
+    for stated in ("K = 5", "Euclidean", "SAG, 100 iterations", "C = 1", "seed 0", "over 2 passes"):
+        assert stated in out
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
+    few = ["predictive_transform.py", *FEW, "--limit", 64, "--device", "cpu"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(*few, "--seed", seed, "--output", f"{name}.ckpt", cwd=tmp_path)
+    a, b, c = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["model"] for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["encoder.mu.weight"], c["encoder.mu.weight"])
+
+
+def test_a_folder_of_ones_own_alexnet_and_a_copied_script_without_the_extension(tmp_path):
+    make_folder(tmp_path / "pets", n=10)
+    for name in ("predictive_transform.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    blocker = tmp_path / "minter_warp.py"  # as if the extension were not there
+    blocker.write_text("raise ImportError('not built')")
+    command = [sys.executable, "predictive_transform.py", "--dataset", "pets", "--encoder", "alexnet", "--epochs", "1",
+               "--batch-size", "10", "--precision", "fp32", "--output", "deep/er/pt.ckpt"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the compiled warp is not built") == 1 and "float32" in result.stdout
+    blocker.unlink()
+    run("vte_ba.py", "--pretrained", "deep/er/pt.ckpt", "--epochs", 1, "--batch-size", 10, cwd=tmp_path)
+    out = run("probe.py", "vte_ba.ckpt", "--classifiers", "knn", "--train-sizes", 10, cwd=tmp_path).stdout
+    assert "random encoder (alexnet)" in out
+    result = run("probe.py", "vte_ba.ckpt", "--classifiers", "knn", "--train-sizes", 500, cwd=tmp_path).stdout
+    assert "all 20 training images are used instead" in result
+
+
+@pytest.mark.parametrize("script", ["predictive_transform.py", "vte_ba.py", "probe.py"])
+def test_help_has_an_example_and_every_flag_an_explanation(script, tmp_path):
+    text = run(script, "--help", cwd=tmp_path).stdout
+    assert "example:\n  python " + script in text
+    shared = ["--dataset", "--data-dir", "--seed", "--device", "--precision"]
+    if script != "probe.py":
+        shared += ["--encoder", "--epochs", "--batch-size", "--lr", "--limit", "--output"]
+        assert "200 as in the paper" in text
+    assert all(flag in text for flag in shared)
+
+
+@pytest.mark.parametrize("script", ["predictive_transform.py", "vte_ba.py"])
+@pytest.mark.parametrize("flags, says", [
+    (["--epochs", "0"], "not a number above 0"), (["--epochs", "ten"], "--epochs"),
+    (["--lr", "-1"], "not a number above 0"), (["--lr", "nan"], "not a number above 0"),
+    (["--batch-size", "0"], "not a number above 0"),
+    (["--limit", "-5"], "not a number above 0"), (["--encoder", "resnet"], "resnet"), (["--device", "tpu"], "tpu"),
+    (["--precision", "fp8"], "fp8"), (["--seed", "x"], "--seed"), (["--learning-rate", "1"], "--learning-rate"),
+])
+def test_wrong_flags(script, flags, says, tmp_path):
+    refused(script, *flags, cwd=tmp_path, code=2, says=says)
+
+
+def test_wrong_data(tmp_path):
+    pt = ["predictive_transform.py", "--epochs", "1"]
+    refused(*pt, "--dataset", "cifar11", cwd=tmp_path, code=2, says="digits, cifar10, stl10, or a folder")
+    (tmp_path / "nothing").mkdir()
+    refused(*pt, "--dataset", "nothing", cwd=tmp_path, code=1, says="no folder 'train/'")
+    folder = make_folder(tmp_path / "pets")
+    (folder / "train" / "cat" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nonsense")
+    refused(*pt, "--dataset", "pets", "--batch-size", 2, cwd=tmp_path, code=1, says="pets/train/cat/2.png")
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    refused(*pt, "--dataset", "cifar10", cwd=tmp_path, code=1, says="--dataset digits, which works offline",
+            environment=nowhere)
+    refused(*pt, "--dataset", "digits", "--limit", 100, cwd=tmp_path, code=2, says="larger than the 100 training")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_asked_for_and_absent(tmp_path):
+    refused("predictive_transform.py", "--dataset", "digits", "--device", "cuda", cwd=tmp_path, code=1,
+            says="no CUDA device here")
+
+
+def test_wrong_checkpoints(trained, tmp_path):
+    folder, _ = trained
+    ba = ["vte_ba.py", *FEW]
+    refused(*ba, cwd=tmp_path, code=2, says="python predictive_transform.py --dataset digits --output pt.ckpt")
+    refused(*ba, "--pretrained", "no.ckpt", cwd=tmp_path, code=1, says="there is no checkpoint 'no.ckpt'")
+    refused(*ba, "--pretrained", folder / "ba.ckpt", cwd=tmp_path, code=1, says="one of predictive_transform is needed")
+    refused(*ba, "--pretrained", folder / "pt.ckpt", "--encoder", "alexnet", cwd=tmp_path, code=2, says="with nin")
+    refused(*ba, "--pretrained", folder / "pt.ckpt", "--image-size", 64, cwd=tmp_path, code=2, says="with 32")
+    content = (folder / "pt.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 3])
+    for script in (["probe.py"], [*ba, "--pretrained"]):
+        refused(*script, "cut.ckpt", cwd=tmp_path, code=1, says="it is truncated")
+    write_checkpoint(tmp_path / "wrong.ckpt", encoder="nin")
+    refused("probe.py", "wrong.ckpt", cwd=tmp_path, code=1, says="do not fit the encoder 'nin'")
+    write_checkpoint(tmp_path / "other.ckpt", config={"encoder": "alexnet", "image_size": 32})
+    refused("probe.py", "other.ckpt", cwd=tmp_path, code=1, says="lacks")
+
+
+def test_an_existing_checkpoint_is_not_overwritten(trained):
+    folder, _ = trained
+    log = (folder / "pt.jsonl").read_text()
+    refused("predictive_transform.py", *FEW, "--output", "pt.ckpt", cwd=folder, code=2, says="exists already")
+    assert (folder / "pt.jsonl").read_text() == log
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_path):
+    refused("predictive_transform.py", *FEW, "--lr", "1e30", cwd=tmp_path, code=1, says="in epoch 1")
+    few = [*FEW, "--limit", 64, "--encoder", "alexnet", "--output", "a.ckpt"]
+    # A learning rate that breaks the weights in the one step of the first epoch: its loss was still a number.
+    result = run("predictive_transform.py", *few, "--lr", "1e30", "--epochs", 3, cwd=tmp_path, code=1)
+    assert "in epoch 2; the checkpoint of epoch 1 is kept in 'a.ckpt'" in result.stderr
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_pictures(trained):
+    folder, _ = trained
+    run("results/figures.py", "transformations", "--output", "t.png", cwd=folder)
+    run("results/figures.py", "curves", "pt.jsonl", "ba.jsonl", "--output", "c.png", cwd=folder)
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("t.png", "c.png"))
+    refused("results/figures.py", "curves", "none.jsonl", cwd=folder, code=1, says="is no log")
