@@ -612,8 +612,12 @@ class Run:
             self._shown = time.perf_counter()
             self._bar.set_postfix_str(f"loss {loss.item():.4f}")
 
+    def mean(self, name):
+        """The mean of a metric over the images of this epoch so far; waits for the device."""
+        return (self._sums[name] / self._seen).item()
+
     def _finish_epoch(self, model, optimizer):
-        means = {name: (total / self._seen).item() for name, total in self._sums.items()}
+        means = {name: self.mean(name) for name in self._sums}
         seconds = time.perf_counter() - self._start
         bad = [f"the {name} became {value}" for name, value in means.items() if not math.isfinite(value)]
         if not all(parameter.isfinite().all() for parameter in model.parameters()):

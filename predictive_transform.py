@@ -12,8 +12,9 @@ where t are the 8 normalised coefficients of a random projective map (common.tra
 
 Read from the paper as follows. The transformation is AVT's, which the paper says it uses: four independently moved
 corners, so truly projective. The decoder ends in 8 outputs (the paper's table prints 512, which cannot be compared with
-t). What the paper calls log sigma is a log-variance. There is no KL term, so nothing keeps sigma from shrinking: its
-mean logarithm is logged. Of the logged squared error only what lies below 0.577 was learned beyond the rotation.
+t). What the paper calls log sigma is a log-variance. There is no KL term, so nothing keeps sigma from shrinking: the
+mean log-variance is logged. What lies below 0.577 of the logged squared error was learned beyond the rotation; z_std is
+the standard deviation of z over the batch.
 """
 
 import torch
@@ -35,7 +36,7 @@ from common import (
 
 
 class PredictiveTransform(nn.Module):
-    """Transformed images (N, 3, S, S) -> predicted t (N, 8), log-variance of z (N, 512)."""
+    """Transformed images (N, 3, S, S) -> predicted t (N, 8), z and its log-variance, (N, 512) each."""
 
     def __init__(self, encoder, features=512):
         super().__init__()
@@ -49,14 +50,15 @@ class PredictiveTransform(nn.Module):
     def forward(self, transformed):
         mu, logvar = self.encoder(transformed)
         z = reparameterize(mu, logvar)  # (N, 512)
-        return self.decoder(z).float(), logvar
+        return self.decoder(z).float(), z, logvar
 
 
-def predictive_transform_loss(prediction, t, logvar):
+def predictive_transform_loss(prediction, t, z, logvar):
     """1/2 || t - D(z) ||^2, mean over the batch (VTE eq. 16 without its constant). prediction, t: (N, 8);
-    logvar: (N, 512). Returns the loss and metrics, all scalars."""
+    z, logvar: (N, 512). Returns the loss and metrics, all scalars."""
     squared_error = (t - prediction).square().sum(1).mean()
-    return 0.5 * squared_error, {"squared_error": squared_error, "logvar": logvar.mean()}
+    metrics = {"squared_error": squared_error, "logvar": logvar.mean(), "z_std": z.std(0).mean()}
+    return 0.5 * squared_error, metrics
 
 
 def train(args):
@@ -69,10 +71,11 @@ def train(args):
         for index in run.batches():
             crops = sample_crops(len(index), run.size, run.generator)
             coefficients = sample_coefficients(len(index), run.size, run.generator)
+            t = transformation_target(coefficients, run.size)
             transformed = warp_batch(run.images, index, crops, coefficients, run.scale, run.shift, run.dtype)
             with run.autocast():
-                prediction, logvar = model(transformed)
-            loss, metrics = predictive_transform_loss(prediction, transformation_target(coefficients, run.size), logvar)
+                prediction, z, logvar = model(transformed)
+            loss, metrics = predictive_transform_loss(prediction, t, z, logvar)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -83,7 +86,7 @@ def train(args):
 def parse_args():
     parser = training_parser(
         "Predictive transformation (VTE, phase one): predict the transformation from the transformed image alone.",
-        "python predictive_transform.py --dataset digits --epochs 20 --lr 1e-3 --output pt.ckpt",
+        "python predictive_transform.py --dataset digits --epochs 20 --lr 5e-4 --output pt.ckpt",
         output="pt.ckpt",
     )
     return parser.parse_args()

@@ -13,7 +13,13 @@ Read from the paper as follows. Eq. 18 prints sigma(z_hat) where the text states
 and z_hat are sampled. Frozen means no gradient and batch normalisation in eval mode: phase one leaves this script bit
 for bit as it came. What the paper calls log sigma is a log-variance; its mean is logged. The decoder never sees t, so
 at best z_hat predicts the mean of z over transformations; whether it is equivariant is to be measured, the objective
-does not ask for it. "explained" is the share of z's variance within the batch that D(z_hat) predicts.
+does not ask for it. "explained" is the share of z's variance within the batch that D(z_hat) predicts; z_std is the
+standard deviation of z over the batch.
+
+Two variations. --from-scratch trains both encoders together with no phase one: the collapse of z to a constant that
+gave the paper its phase one (section 3.2). --steerable is ours, not the paper's: the decoder also sees t, q(z | z_hat,
+t), which makes the loss the Barber-Agakov bound of I(z; z_hat, t), the quantity that the paper sets out to maximise
+(eq. 3) and then leaves; D(z_hat, t) is then the equivariant map in feature space that plain VTE lacks.
 """
 
 import torch
@@ -21,7 +27,6 @@ from torch import nn
 
 from common import (
     Run,
-    UserError,
     build_encoder,
     load_checkpoint,
     load_encoder,
@@ -30,56 +35,64 @@ from common import (
     sample_coefficients,
     sample_crops,
     training_parser,
+    transformation_target,
     warp_batch,
 )
 
 
 class VTEBarberAgakov(nn.Module):
-    """Images and transformed images, (N, 3, S, S) each -> D(z_hat) (N, 512), z (N, 512), log-variance of z_hat."""
+    """Images and transformed images, (N, 3, S, S) each -> D(z_hat), z, log-variance of z_hat, (N, 512) each.
 
-    def __init__(self, encoder, phase_one, deep_decoder=False, features=512):
+    phase_one: the encoder of transformed images; frozen unless from_scratch. steerable: D also takes t (N, 8)."""
+
+    def __init__(self, encoder, phase_one, deep_head=False, from_scratch=False, steerable=False, features=512):
         super().__init__()
         self.encoder = encoder
-        self.phase_one = phase_one.requires_grad_(False).eval()
-        if deep_decoder:  # the paper's with AlexNet
+        self.phase_one = phase_one.requires_grad_(from_scratch)
+        self.from_scratch, self.steerable = from_scratch, steerable
+        inputs = features + 8 if steerable else features
+        if deep_head:  # the paper's with AlexNet
             self.decoder = nn.Sequential(
-                nn.Linear(features, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
+                nn.Linear(inputs, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
                 nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
                 nn.Linear(1024, features),
             )
         else:  # the paper's with NIN
-            self.decoder = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(inplace=True), nn.Linear(2048, features))
+            self.decoder = nn.Sequential(nn.Linear(inputs, 2048), nn.ReLU(inplace=True), nn.Linear(2048, features))
+        self.train()
 
     def train(self, mode=True):
         super().train(mode)
-        self.phase_one.eval()  # whatever happens to the rest: its running statistics are frozen too
+        self.phase_one.train(mode and self.from_scratch)  # frozen, its running statistics too, whatever the rest does
         return self
 
-    def forward(self, images, transformed):
-        with torch.no_grad():
-            z = reparameterize(*self.phase_one(transformed))  # (N, 512)
+    def forward(self, images, transformed, t):
+        z = reparameterize(*self.phase_one(transformed))  # (N, 512)
         mu, logvar = self.encoder(images)
         z_hat = reparameterize(mu, logvar)  # (N, 512)
-        return self.decoder(z_hat).float(), z, logvar
+        return self.decoder(torch.cat([z_hat, t], 1) if self.steerable else z_hat).float(), z, logvar
 
 
 def vte_ba_loss(prediction, z, logvar):
     """1/2 || z - D(z_hat) ||^2, mean over the batch (VTE eq. 18 without its constant). prediction, z, logvar: (N, 512).
     Returns the loss and metrics, all scalars."""
     squared_error = (z - prediction).square().sum(1).mean()
-    explained = 1 - squared_error.detach() / (z - z.mean(0)).square().sum(1).mean()
-    return 0.5 * squared_error, {"explained": explained, "logvar": logvar.mean()}
+    explained = 1 - squared_error / (z - z.mean(0)).square().sum(1).mean()
+    metrics = {"explained": explained, "logvar": logvar.mean(), "z_std": z.std(0).mean()}
+    return 0.5 * squared_error, metrics
 
 
 def train(args):
-    if args.pretrained is None:
-        raise UserError("--pretrained is needed, the checkpoint of phase one: run `python predictive_transform.py "
-                        f"--dataset {args.dataset or 'cifar10'} --output pt.ckpt` first", exit_code=2)
-    checkpoint = load_checkpoint(args.pretrained, "predictive_transform")
-    phase_one = load_encoder(checkpoint, args.pretrained)
-    run = Run("vte_ba", args, pretrained=checkpoint)
+    checkpoint = None if args.from_scratch else load_checkpoint(args.pretrained, "predictive_transform")
+    name = "vte_ba" + ("_steerable" if args.steerable else "") + ("_from_scratch" if args.from_scratch else "")
+    run = Run(name, args, pretrained=checkpoint)
     encoder = build_encoder(args.encoder, args.image_size)
-    model = run.prepare(VTEBarberAgakov(encoder, phase_one, deep_decoder=args.encoder == "alexnet"))
+    if args.from_scratch:
+        phase_one = build_encoder(args.encoder, args.image_size)
+    else:
+        phase_one = load_encoder(checkpoint, args.pretrained)
+    deep = args.encoder == "alexnet"
+    model = run.prepare(VTEBarberAgakov(encoder, phase_one, deep, args.from_scratch, args.steerable))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr)  # no weight decay, no schedule
 
@@ -87,27 +100,37 @@ def train(args):
         for index in run.batches():
             crops = sample_crops(len(index), run.size, run.generator)
             coefficients = sample_coefficients(len(index), run.size, run.generator)
+            t = transformation_target(coefficients, run.size)
             images = warp_batch(run.images, index, crops, None, run.scale, run.shift, run.dtype)
             transformed = warp_batch(run.images, index, crops, coefficients, run.scale, run.shift, run.dtype)
             with run.autocast():
-                prediction, z, logvar = model(images, transformed)
+                prediction, z, logvar = model(images, transformed, t)
             loss, metrics = vte_ba_loss(prediction, z, logvar)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             run.step(loss, metrics, len(index))
-    run.finish(f"python probe.py {args.pretrained} {args.output}")
+    run.finish(f"python probe.py {args.output}")
 
 
 def parse_args():
     parser = training_parser(
         "VTE with the Barber-Agakov bound (phase two): predict phase one's code of the transformed image.",
-        "python vte_ba.py --pretrained pt.ckpt --dataset digits --epochs 20 --lr 1e-3 --output vte_ba.ckpt",
+        "python vte_ba.py --pretrained pt.ckpt --dataset digits --epochs 20 --lr 5e-4 --output vte_ba.ckpt",
         output="vte_ba.ckpt",
     )
-    parser.add_argument("--pretrained", metavar="CKPT",
-                        help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--pretrained", metavar="CKPT",
+        help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
+    add("--from-scratch", action="store_true", help="the ablation: no phase one, both encoders train and collapse")
+    add("--steerable", action="store_true", help="ours: the decoder also sees the transformation")
+    args = parser.parse_args()
+    if args.pretrained is None and not args.from_scratch:
+        parser.error("--pretrained is needed, the checkpoint of phase one: first run `python predictive_transform.py "
+                     f"--dataset {args.dataset or 'cifar10'} --output pt.ckpt`")
+    if args.pretrained and args.from_scratch:
+        parser.error("--from-scratch has no phase one: leave out --pretrained")
+    return args
 
 
 def main():
