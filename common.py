@@ -69,8 +69,8 @@ class NIN(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """AlexNet for small images (VTE Table 6, read as METHODS of the README says): images (N, 3, S, S) with S >= 32
-    -> mu, logvar, both (N, 512) float32. No normalisation layers."""
+    """AlexNet for small images (VTE Table 6): images (N, 3, S, S) with S >= 32 -> mu, logvar, both (N, 512) float32.
+    No normalisation layers. The table's last two blocks, which cannot be chained as printed, are 384-256-256."""
 
     def __init__(self, image_size=32, features=512):
         super().__init__()

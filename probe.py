@@ -241,29 +241,46 @@ def probe(args):
     return rows, notes
 
 
-def print_table(rows, notes):
-    """A block for each classifier, a line for each representation, a column for each number of training labels."""
-    sizes = sorted({row["train_size"] for row in rows}, reverse=True)
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    width = max(len(name) for name, _ in labels)
+def make_tables(rows):
+    """The layout of VTE's Tables 1-3: for each classifier its title, the training sizes, and a line of cells, text, for
+    each representation, (name, features)."""
     protocol = {
         "mlp": f"2048-2048-classes, Adam {MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, standardised features",
         "knn": f"K = {NEIGHBOURS}, uniform weights, Euclidean distance, unscaled features",
         "logistic": f"SAG, {LOGISTIC_ITERATIONS} iterations, L2 with C = {LOGISTIC_C:g}, standardised features",
     }
-    cells = {(row["classifier"], row["label"], row["train_size"]): row for row in rows}
     for classifier in dict.fromkeys(row["classifier"] for row in rows):
-        print(f"\n{NAMES[classifier]} ({protocol[classifier]})")
+        lines = {}
+        for row in (row for row in rows if row["classifier"] == classifier):
+            deviation = f" ± {row['error_std']:.3f}" if row["passes"] > 1 else ""
+            lines.setdefault(row["label"], {})[row["train_size"]] = f"{row['error_mean']:.3f}{deviation}"
+        sizes = sorted({row["train_size"] for row in rows}, reverse=True)
+        yield NAMES[classifier], protocol[classifier], sizes, lines
+
+
+def print_tables(rows, notes):
+    width = max(len(row["label"][0]) for row in rows)
+    for title, protocol, sizes, lines in make_tables(rows):
+        print(f"\n{title} ({protocol})")
         print(f"  {'training labels':{width + 11}}" + "".join(f"{size:>16,}" for size in sizes))
-        for name, features in labels:
-            shown = ""
-            for row in (cells[classifier, (name, features), size] for size in sizes):
-                deviation = f" ± {row['error_std']:.3f}" if row["passes"] > 1 else " " * 8
-                shown += f"{row['error_mean']:.3f}{deviation}".rjust(16)
+        for (name, features), cells in lines.items():
+            shown = "".join((cells[s] if "±" in cells[s] else cells[s] + " " * 8).rjust(16) for s in sizes)
             print(f"  {name:{width}}  {features:9}{shown}")
     print()
     for note in notes:
         print(note)
+
+
+def write_markdown(rows, notes, path):
+    text = []
+    for title, protocol, sizes, lines in make_tables(rows):
+        text += [f"**{title}** ({protocol})", "",
+                 "| error, by training labels | features | " + " | ".join(f"{size:,}" for size in sizes) + " |",
+                 "|---|---|" + "---|" * len(sizes)]
+        text += [f"| {name} | {features} | " + " | ".join(cells[size] for size in sizes) + " |"
+                 for (name, features), cells in lines.items()]
+        text.append("")
+    Path(path).write_text("\n".join([*text, *(f"- {note}" for note in notes), ""]))
 
 
 def write_json(rows, path):
@@ -285,20 +302,23 @@ def parse_args():
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the encoder and the MLP")
     add("--json", metavar="FILE", help="also write the rows, as a list of objects")
+    add("--markdown", metavar="FILE", help="also write the tables, as Markdown")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.json:
+    for path in filter(None, (args.json, args.markdown)):
         try:
-            open(args.json, "a").close()  # said now, not after the work
+            open(path, "a").close()  # said now, not after the work
         except OSError as error:
-            raise UserError(f"cannot write '{args.json}' ({error.strerror}): give another --json") from error
+            raise UserError(f"cannot write '{path}' ({error.strerror}): give another file") from error
     rows, notes = probe(args)
-    print_table(rows, notes)
+    print_tables(rows, notes)
     if args.json:
         write_json(rows, args.json)
+    if args.markdown:
+        write_markdown(rows, notes, args.markdown)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, UserError, load_images, projective_warp, run_command, sample_coefficients
@@ -48,9 +49,9 @@ def draw_curves(args):
     for (above, below), path in zip(axes.T, args.logs, strict=True):
         rows = read_log(path)
         epochs = [row["epoch"] for row in rows]
-        name = "squared_error" if "squared_error" in rows[0] else "explained" if "explained" in rows[0] else "loss"
+        name = next(name for name in ("squared_error", "explained", "bound", "loss") if name in rows[0])
         above.plot(epochs, [row[name] for row in rows], marker=".", label=name.replace("_", " "))
-        for yardstick, style in (("constant_predictor", ":"), ("rotation_only", "--")):
+        for yardstick, style in (("constant_predictor", ":"), ("rotation_only", "--"), ("ceiling", ":")):
             if yardstick in rows[0]:
                 above.axhline(rows[0][yardstick], color="grey", linestyle=style, label=yardstick.replace("_", " "))
         if name == "squared_error":
@@ -60,6 +61,7 @@ def draw_curves(args):
         below.plot(epochs, [row["logvar"] for row in rows], marker=".", color="tab:orange", label="mean log-variance")
         below.legend(fontsize=8)
         below.set_xlabel("epoch")
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     figure.savefig(args.output, dpi=110)
 
