@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ try:
     import minter_warp  # registers torch.ops.minter.warp
 except ImportError as error:
     minter_warp, minter_warp_missing = None, str(error)
+CUDA_ARCHITECTURES = minter_warp and minter_warp.build_info()["cuda_architectures"]
 
 
 class UserError(Exception):
@@ -208,14 +210,27 @@ def crop_and_flip_reference(images, crops):
     return views.movedim(3, 1) * inside[:, None]
 
 
-def extension_is_built():
-    """Whether the compiled warp is used; where it is not, one line on stderr says so, once."""
-    global minter_warp_missing
-    if minter_warp is None and minter_warp_missing:
-        print(f"note: the compiled warp is not built, using the slower PyTorch form ({minter_warp_missing}); "
-              "`make setup` or `pip install --no-build-isolation .` builds it", file=sys.stderr)
-        minter_warp_missing = None
-    return minter_warp is not None
+noted = set()
+
+
+def note_once(text):
+    """One line on stderr, the first time only (and not from within torch.compile, which cannot print)."""
+    if not torch.compiler.is_compiling() and text not in noted:
+        noted.add(text)
+        print(f"note: {text}", file=sys.stderr)
+
+
+def compiled_for(images):
+    """Whether the compiled warp takes these images; where it does not, a note says so once."""
+    if minter_warp is None:
+        note_once(f"the compiled warp is not built, using the slower PyTorch form ({minter_warp_missing}); "
+                  "`make setup` or `pip install --no-build-isolation .` builds it")
+        return False
+    if images.is_cuda and CUDA_ARCHITECTURES is None:
+        note_once("the compiled warp is built without CUDA, using the slower PyTorch form on the GPU; with nvcc there, "
+                  "`pip install --no-build-isolation .` builds it with CUDA")
+        return False
+    return True
 
 
 def projective_warp(images, coefficients, fill=128.0):
@@ -238,7 +253,7 @@ def projective_warp(images, coefficients, fill=128.0):
         raise TypeError(f"projective_warp takes floating-point coefficients, not {coefficients.dtype}")
     if images.device != coefficients.device:
         raise ValueError(f"images are on {images.device} and coefficients on {coefficients.device}; move one of them")
-    if not extension_is_built():
+    if not compiled_for(images):
         return projective_warp_reference(images, coefficients, fill)
     if coefficients.dtype not in (torch.float32, torch.float64):
         coefficients = coefficients.float()
@@ -251,13 +266,14 @@ def warp_batch(images, index, crops=None, coefficients=None, scale=None, shift=N
     images: the data set, (M, C, H, W) uint8 (float32 also). index: (N,) int64, which images. crops: (N, 3) int64 from
     `sample_crops`, or None. coefficients: (N, 8), or None for no warp. scale, shift: (C,) float32 from `normalization`,
     output = value * scale + shift. dtype: float32 or bfloat16. Returns (N, C, H, W). An index out of range raises on
-    the CPU; on CUDA, which would have to wait for it, that image comes out as NaN.
+    the CPU; on CUDA the compiled form, which would have to wait for it, makes that image NaN.
     """
-    if extension_is_built():
-        if coefficients is not None:
-            coefficients = coefficients.contiguous()
-        return torch.ops.minter.warp(images, coefficients, index, crops, scale, shift, fill, dtype)
-    batch = images[index].float()
+    if coefficients is not None:
+        coefficients = coefficients.contiguous() if coefficients.dtype == torch.float64 else coefficients.float()
+    if compiled_for(images):
+        return torch.ops.minter.warp(images, None if coefficients is None else coefficients.contiguous(), index, crops,
+                                     scale, shift, fill, dtype)
+    batch = images.index_select(0, index).float()
     batch = batch if crops is None else crop_and_flip_reference(batch, crops)
     batch = batch if coefficients is None else projective_warp_reference(batch, coefficients, fill)
     batch = batch if scale is None else batch * scale[:, None, None]
@@ -356,6 +372,9 @@ def resize(images, image_size, chunk=4096):
 
 def load_torchvision(dataset, split, data_dir, image_size):
     """CIFAR-10 or STL-10, downloaded into data_dir and checked by torchvision."""
+    from http.client import HTTPException
+    from tarfile import TarError
+
     import torchvision.datasets
 
     name = {"cifar10": "CIFAR-10", "stl10": "STL-10"}[dataset]
@@ -366,7 +385,7 @@ def load_torchvision(dataset, split, data_dir, image_size):
         else:
             data = torchvision.datasets.STL10(data_dir, split=split, download=True)
             images, labels = torch.from_numpy(data.data), data.labels
-    except (OSError, RuntimeError, EOFError) as error:  # URLError is an OSError; a bad checksum, a RuntimeError
+    except (OSError, RuntimeError, EOFError, HTTPException, TarError) as error:  # URLError is an OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name} could not be downloaded into or read from '{data_dir}' ({reason}): try again, or use "
                         "--dataset digits, which works offline, or --dataset DIR with images of your own") from error
@@ -384,21 +403,29 @@ def decode(path, image_size):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def visible(folder):
+    """Entries in order of their names, without the hidden ones that editors and file managers leave."""
+    return sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda e: e.name)
+
+
 def load_folder(folder, split, image_size):
     """Images of folder/split/<class>/*, cached beside the folder; the cache is made anew when any file changes."""
-    if not (folder / split).is_dir():
-        raise UserError(f"'{folder}' has no folder '{split}/': it is to hold train/<class>/ and test/<class>/")
-    classes = sorted(entry.name for entry in os.scandir(folder / "train") if entry.is_dir())
+    for needed in ("train", split):
+        if not (folder / needed).is_dir():
+            raise UserError(f"'{folder}' has no folder '{needed}/': it is to hold train/<class>/ and test/<class>/")
+    classes = [entry.name for entry in visible(folder / "train") if entry.is_dir()]
     files = []  # (position within its class, class, path, state)
-    for entry in sorted(os.scandir(folder / split), key=lambda entry: entry.name):
+    for entry in visible(folder / split):
         if not entry.is_dir():
             continue
         if entry.name not in classes:
             raise UserError(f"'{folder}/{split}/{entry.name}' has no counterpart in '{folder}/train/'")
-        found = sorted((file for file in os.scandir(entry) if Path(file.name).suffix.lower() in IMAGE_SUFFIXES),
-                       key=lambda file: file.name)
+        found = [file for file in visible(entry) if Path(file.name).suffix.lower() in IMAGE_SUFFIXES]
         for position, file in enumerate(found):
-            state = file.stat()
+            try:
+                state = file.stat()
+            except OSError as error:  # a broken link
+                raise UserError(f"cannot read the image '{file.path}' ({error.strerror}): remove it") from error
             files.append((position, classes.index(entry.name), file.path, f"{state.st_size} {state.st_mtime_ns}"))
     if not files:
         raise UserError(f"'{folder}/{split}' holds no images: it is to hold one folder a class, with "
@@ -473,6 +500,13 @@ def positive(kind):
     return parse
 
 
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^32 - 1")
+    return value
+
+
 def training_parser(description, example, output):
     """The flags that every training script has."""
     parser = Parser(description=description, epilog=f"example:\n  {example}")
@@ -486,7 +520,7 @@ def training_parser(description, example, output):
     add("--batch-size", type=positive(int), help="default: 512 for stl10, 256 for all else; smaller for few images")
     add("--lr", type=positive(float), default=1e-4,
         help="Adam's; 1e-4 for long runs as in the paper, 5e-4 for runs of few epochs; sigma can diverge above that")
-    add("--seed", type=int, default=0, help="of weights, order, transformations and noise; vary it for error bars")
+    add("--seed", type=seed, default=0, help="of weights, order, transformations and noise; vary it for error bars")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 autocast where the hardware has it; fp32 if a loss looks noisy")
@@ -543,12 +577,14 @@ class Run:
                                 f"'{args.pretrained}', which was trained with {given[name]}", exit_code=2)
         if args.image_size < 32 and args.encoder == "alexnet":
             raise UserError("--encoder alexnet takes images of 32 pixels or more", exit_code=2)
+        if args.batch_size < 2:
+            raise UserError("--batch-size 1 is too small: batch normalisation takes 2 or more", exit_code=2)
         self.method, self.args, self.yardsticks = method, args, yardsticks or {}
         self.device = choose_device(args.device)
         self.dtype = choose_precision(args.precision, self.device)
-        self.output, self.log = Path(args.output), Path(args.output).with_suffix(".jsonl")
+        self.output = Path(args.output)
+        self.log = Path(args.output.removesuffix(".ckpt") + ".jsonl")
         self._check_output()
-
         images, _, _ = load_images(args.dataset, "unlabeled", args.data_dir, args.image_size)
         images = images[: args.limit]
         if args.batch_size > len(images):
@@ -566,11 +602,13 @@ class Run:
 
     def _check_output(self):
         """Before hours of training, not after: the checkpoint can be written, and writing it loses nothing."""
-        if self.output.exists():
-            raise UserError(f"'{self.output}' exists already: give another --output, or remove it", exit_code=2)
+        for path in (self.output, self.log):
+            if path.exists():
+                raise UserError(f"'{path}' exists already: give another --output, or remove it", exit_code=2)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.log.write_text("")
+            with tempfile.TemporaryFile(dir=self.output.parent):
+                pass
         except OSError as error:
             raise UserError(f"cannot write '{self.output}' ({error.strerror}): give another --output") from error
 
@@ -603,7 +641,8 @@ class Run:
                 yield index
 
     def step(self, loss, metrics, count):
-        """Adds a step's loss and metrics, scalars on the device, to the epoch's means; does not wait for the device."""
+        """Adds a step's loss and metrics, scalars on the device, to the epoch's means. Waits for the device only to
+        show the loss in the progress bar, twice a second at most."""
         for name, value in {"loss": loss, **metrics}.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float() * count
         self._seen += count
@@ -674,6 +713,8 @@ def load_checkpoint(path, method=None):
         raise UserError(f"there is no checkpoint '{path}'")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"cannot read '{path}' ({error.strerror})") from error
     except Exception as error:
         raise UserError(f"'{path}' is no checkpoint of minTER: it is truncated, or holds more than tensors and plain "
                         "values, which is not loaded; train it again") from error

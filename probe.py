@@ -12,6 +12,7 @@ What the paper does not state and this script chose is printed with the table an
 """
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from common import (
     positive,
     reparameterize,
     run_command,
+    seed,
     warp_batch,
 )
 
@@ -93,10 +95,12 @@ def random_encoder(kind, images, config, seed, device, dtype):
 
 def balanced_subset(labels, n, seed):
     """Indices of n images with equally many of each class (the first classes one more where n does not divide), or None
-    where the labels cannot give them. Smaller subsets of the same seed lie within larger ones."""
+    where the labels cannot give them or n is less than one a class. A seed's smaller subsets lie within its larger."""
     if n == len(labels):
         return torch.arange(n)
     classes = int(labels.max()) + 1
+    if n < classes:
+        return None
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     chosen = []
     for label in range(classes):
@@ -122,7 +126,7 @@ def mlp_predictions(representation, index, labels, classes, passes, device, dtyp
     model = nn.Sequential(nn.Linear(width, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, classes))
     model, labels = model.to(device), labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=MLP_LR)
-    for _ in range(MLP_EPOCHS):
+    for _ in tqdm(range(MLP_EPOCHS), desc=f"MLP, {len(index):,} labels", leave=False, disable=None):
         features = scaled(representation.draw("train")[index]).to(device)
         for batch in torch.randperm(len(index)).to(device).split(MLP_BATCH):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -186,7 +190,7 @@ def load_checkpoints(paths, dataset):
 def choose_subsets(labels, sizes, seed, dataset):
     """{size: indices} for the sizes that the labels can give, and a note on each that they cannot."""
     subsets = {size: balanced_subset(labels, size, seed) for size in sorted(set(sizes), reverse=True)}
-    notes = [f"{size:,} class-balanced training images are more than {dataset} can give: left out"
+    notes = [f"{size:,} training images, as many of each class, are not what {dataset} can give: left out"
              for size, subset in subsets.items() if subset is None]
     subsets = {size: subset for size, subset in subsets.items() if subset is not None}
     if not subsets:
@@ -203,6 +207,8 @@ def probe(args):
     image_size = checkpoints[0][1]["config"]["image_size"]
     images, labels, class_names = load_images(dataset, "train", args.data_dir, image_size)
     test_images, test_labels, _ = load_images(dataset, "test", args.data_dir, image_size)
+    if len(class_names) < 2:
+        raise UserError(f"'{dataset}' has one class, so nothing to classify: probe on other data with --dataset")
     subsets, notes = choose_subsets(labels, args.train_sizes, args.seed, dataset)
     used, positions = torch.cat(list(subsets.values())).unique(return_inverse=True)  # encode no image without need
     images, labels = images[used], labels[used]
@@ -298,7 +304,7 @@ def parse_args():
     add("--passes", type=positive(int), default=5, help="times z is sampled for the test images (default: 5)")
     add("--dataset", help="other data: digits, cifar10, stl10 or a folder (default: the checkpoint's)")
     add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of subsets, sampled z, MLP weights and the random encoder")
+    add("--seed", type=seed, default=0, help="of subsets, sampled z, MLP weights and the random encoder")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the encoder and the MLP")
     add("--json", metavar="FILE", help="also write the rows, as a list of objects")
@@ -308,11 +314,10 @@ def parse_args():
 
 def main():
     args = parse_args()
-    for path in filter(None, (args.json, args.markdown)):
-        try:
-            open(path, "a").close()  # said now, not after the work
-        except OSError as error:
-            raise UserError(f"cannot write '{path}' ({error.strerror}): give another file") from error
+    for path, suffix in ((args.json, ".json"), (args.markdown, ".md")):
+        if path and (Path(path).suffix != suffix or not os.access(Path(path).resolve().parent, os.W_OK)):
+            raise UserError(f"cannot write '{path}': give a file that ends in {suffix}, in a folder that is there and "
+                            "can be written to", exit_code=2)
     rows, notes = probe(args)
     print_tables(rows, notes)
     if args.json:

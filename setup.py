@@ -75,16 +75,17 @@ def extension():
     sources = ["csrc/operators.cpp", "csrc/warp_cpu.cpp"]
     # The oldest torch this build is to run with: 2.10, in the stable interface's notation.
     compile_args = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    exact = ["-ffp-contract=off"]  # coordinates are rounded as PIL's are (csrc/warp.h)
     if home is None:
         print(f"minter: building the warp for the CPU only ({why_not})", file=sys.stderr)
-        return CppExtension("minter_warp", sources, extra_compile_args={"cxx": compile_args})
+        return CppExtension("minter_warp", sources, extra_compile_args={"cxx": compile_args + exact})
     listed = os.environ["TORCH_CUDA_ARCH_LIST"]
     print(f"minter: building the warp for the CPU and CUDA {listed} with {home}/bin/nvcc", file=sys.stderr)
     compile_args += ["-DUSE_CUDA", f'-DMINTER_CUDA="{listed}"']
     return CUDAExtension(
         "minter_warp",
         [*sources, "csrc/warp_cuda.cu"],
-        extra_compile_args={"cxx": compile_args, "nvcc": [*compile_args, "--threads=2", "-lineinfo"]},
+        extra_compile_args={"cxx": compile_args + exact, "nvcc": [*compile_args, "--threads=2", "-lineinfo"]},
     )
 
 

@@ -77,7 +77,8 @@ def vte_ba_loss(prediction, z, logvar):
     """1/2 || z - D(z_hat) ||^2, mean over the batch (VTE eq. 18 without its constant). prediction, z, logvar: (N, 512).
     Returns the loss and metrics, all scalars."""
     squared_error = (z - prediction).square().sum(1).mean()
-    explained = 1 - squared_error / (z - z.mean(0)).square().sum(1).mean()
+    variance = (z - z.mean(0)).square().sum(1).mean().clamp(min=1e-12)  # a collapsed z has none
+    explained = 1 - squared_error / variance
     metrics = {"explained": explained, "logvar": logvar.mean(), "z_std": z.std(0).mean()}
     return 0.5 * squared_error, metrics
 
@@ -110,7 +111,7 @@ def train(args):
             loss.backward()
             optimizer.step()
             run.step(loss, metrics, len(index))
-    run.finish(f"python probe.py {args.output}")
+    run.finish(" ".join(["python probe.py", *filter(None, [args.pretrained]), args.output]))
 
 
 def parse_args():

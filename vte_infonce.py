@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
 
 from common import (
     Run,
@@ -94,37 +95,42 @@ class ConcatenatedCritic(nn.Module):
         first, last = self.layers[0], self.layers[-1]
         a = F.linear(z_hat, first.weight[:, : z_hat.shape[1]])  # (N, H)
         b = F.linear(z, first.weight[:, z_hat.shape[1] :], first.bias)  # (N, H)
-        rows = max(1, CHUNK[a.device.type] // a.numel())
+        rows = max(1, CHUNK.get(a.device.type, 1 << 20) // a.numel())
+        real = last.weight.dtype  # the pairs' sums are not rounded to what autocast computes the products in
+        a, b, pairs = a.to(real), b.to(real), len(a) * len(b)
         if not self.deep:
             with torch.autocast(a.device.type, enabled=False):
-                return PairScores.apply(a.to(z.dtype), b.to(z.dtype), last.weight[0], rows) + last.bias
+                return PairScores.apply(a, b, last.weight[0], rows) + last.bias
 
         _, norm1, _, second, norm2, _, _ = self.layers
-        a, b, pairs = a.to(z.dtype), b.to(z.dtype), len(a) * len(b)
         sums = a.mean(0) + b.mean(0), a.var(0, unbiased=False) + b.var(0, unbiased=False)
         scale, shift = batch_norm_affine(norm1, lambda: sums, pairs)
         a, b = a * scale, b * scale + shift
 
         def hidden(part):  # second pre-activation of the pairs of some z_i with all z_hat_j: (rows * N, 1024)
-            return second((a + part[:, None]).relu().flatten(0, 1)).to(z.dtype)
+            return second((a + part[:, None]).relu().flatten(0, 1)).to(real)
 
         def moments(part):
             units = hidden(part)
             return torch.stack([units.mean(0), units.var(0, unbiased=False)])
 
         def pooled():
-            share = torch.tensor([len(part) / len(b) for part in parts], dtype=b.dtype).to(b.device)[:, None]
-            means, variances = torch.stack([recompute(moments, p, use_reentrant=False) for p in parts], 1)
-            mean = (share * means).sum(0)
-            return mean, (share * (variances + (means - mean).square())).sum(0)
+            shares = [len(part) / len(b) for part in parts]
+            chunks = [recompute(moments, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+            mean = sum(share * chunk[0] for share, chunk in zip(shares, chunks, strict=True))
+            variance = sum(share * (chunk[1] + (chunk[0] - mean).square())
+                           for share, chunk in zip(shares, chunks, strict=True))
+            return mean, variance
 
         parts = b.split(rows)
         scale2, shift2 = batch_norm_affine(norm2, pooled, pairs)
 
         def scores(part):
-            return last((hidden(part) * scale2 + shift2).relu()).view(len(part), len(a))
+            units = (hidden(part) * scale2 + shift2).relu()
+            with torch.autocast(a.device.type, enabled=False):
+                return last(units).view(len(part), len(a))
 
-        return torch.cat([recompute(scores, part, use_reentrant=False) for part in parts])
+        return torch.cat([recompute(scores, p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
 
 def batch_norm_affine(norm, statistics, count):
@@ -160,7 +166,10 @@ class SeparatedCritic(nn.Module):
         self.g, self.h = head(), head()
 
     def forward(self, z_hat, z):
-        return self.h(z) @ self.g(z_hat).T
+        real = self.h[0].weight.dtype
+        h, g = self.h(z).to(real), self.g(z_hat).to(real)
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round scores in the hundreds to units
+            return h @ g.T
 
 
 class VTEInfoNCE(nn.Module):
@@ -228,9 +237,9 @@ def train(args):
             run.step(loss, metrics, len(index))
         if not warned and run.mean("bound") > 0.99 * run.mean("ceiling"):
             warned = True
-            print(f"warning: the bound has reached its ceiling, log N = {run.mean('ceiling'):.2f} nats: batches of "
-                  f"{args.batch_size} cannot measure more information; a larger --batch-size can", file=sys.stderr)
-    run.finish(f"python probe.py {args.output}")
+            tqdm.write(f"warning: the bound has reached its ceiling, log N = {run.mean('ceiling'):.2f} nats: batches "
+                       f"of {args.batch_size} cannot measure more; a larger --batch-size can", file=sys.stderr)
+    run.finish(" ".join(["python probe.py", *filter(None, [args.pretrained]), args.output]))
 
 
 def parse_args():

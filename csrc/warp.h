@@ -74,13 +74,33 @@ WARP_INLINE int64_t offset(const Warp& w, const View& view, int64_t y, int64_t x
   return view.image * w.stride_n + y * w.stride_h + x * w.stride_w;
 }
 
+// Whether a point is inside is decided to the last bit as PIL and the PyTorch reference decide it: each product and each
+// sum rounded, none fused (the compiler is told not to, and CUDA's intrinsics never are), and a division, not a product
+// with the inverse.
+WARP_INLINE double product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+WARP_INLINE double sum(double a, double b, double c) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(__dadd_rn(a, b), c);
+#else
+  return a + b + c;
+#endif
+}
+
 // The source point of an output pixel, and what the coefficients' gradient needs of it.
 struct Point { double x, y, u, v, inverse; };
 
 WARP_INLINE Point source_point(const Coefficients& k, int64_t row, int64_t column) {
   const double x = column + 0.5, y = row + 0.5;
-  const double inverse = 1.0 / (k.g * x + k.h * y + 1.0);
-  return {x, y, (k.a * x + k.b * y + k.c) * inverse, (k.d * x + k.e * y + k.f) * inverse, inverse};
+  const double denominator = sum(product(k.g, x), product(k.h, y), 1.0);
+  return {x, y, sum(product(k.a, x), product(k.b, y), k.c) / denominator,
+          sum(product(k.d, x), product(k.e, y), k.f) / denominator, 1.0 / denominator};
 }
 
 // Written so that NaN is outside.

@@ -26,13 +26,6 @@ __device__ __forceinline__ Out convert(Real value) {
   }
 }
 
-// An index out of range cannot raise from here without a synchronisation: its whole image becomes NaN (or the fill, in
-// uint8) and nothing is read.
-template <typename Real>
-__device__ __forceinline__ Real missing(const Warp& w) {
-  return static_cast<Real>(nan(""));
-}
-
 template <typename Real, typename In, typename Out>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Warp w, Out* __restrict__ output) {
   const int64_t pixels = w.height * w.width, total = w.batch * pixels;
@@ -42,8 +35,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Warp w, Out* __
     const View view = load_view(w, n);
     const Point point = source_point(load_coefficients(w, n), pixel / w.width, pixel % w.width);
     Out* out = output + n * w.channels * pixels + pixel;
-    if (view.image < 0) {
-      for (int64_t c = 0; c < w.channels; ++c) out[c * pixels] = convert<Out>(missing<Real>(w));
+    if (view.image < 0) {  // an index out of range, which cannot raise from here without a synchronisation
+      for (int64_t c = 0; c < w.channels; ++c) out[c * pixels] = convert<Out>(static_cast<Real>(nan("")));  // uint8: 0
     } else if (inside(w, point)) {
       const Taps<Real> t = taps<Real>(w, view, point);
       for (int64_t c = 0; c < w.channels; ++c) {

@@ -16,7 +16,14 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Parser, UserError, load_images, projective_warp, run_command, sample_coefficients
+from common import Parser, UserError, load_images, positive, projective_warp, run_command, sample_coefficients, seed
+
+
+def save(figure, path):
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the picture '{path}' ({error})") from error
 
 
 def draw_transformations(args):
@@ -30,13 +37,14 @@ def draw_transformations(args):
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.axis("off")
     figure.tight_layout(pad=0.2)
-    figure.savefig(args.output, dpi=110)
+    save(figure, args.output)
 
 
 def read_log(path):
     try:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        [(row["epoch"], row["loss"], row["logvar"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is no log of a training script ({error})") from error
     if not rows:
         raise UserError(f"'{path}' is empty: no epoch has been finished")
@@ -63,7 +71,7 @@ def draw_curves(args):
         below.set_xlabel("epoch")
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
-    figure.savefig(args.output, dpi=110)
+    save(figure, args.output)
 
 
 def parse_args():
@@ -73,9 +81,9 @@ def parse_args():
     transformations = pictures.add_parser("transformations", help="images, and the same transformed")
     transformations.add_argument("--dataset", default="digits", help="digits, cifar10, stl10 or a folder")
     transformations.add_argument("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
-    transformations.add_argument("--image-size", type=int, default=32, help="side in pixels")
-    transformations.add_argument("--columns", type=int, default=10, help="how many images")
-    transformations.add_argument("--seed", type=int, default=0, help="of the transformations")
+    transformations.add_argument("--image-size", type=positive(int), default=32, help="side in pixels")
+    transformations.add_argument("--columns", type=positive(int), default=10, help="how many images")
+    transformations.add_argument("--seed", type=seed, default=0, help="of the transformations")
     transformations.add_argument("--output", default="transformations.png", help="default: %(default)s")
     transformations.set_defaults(draw=draw_transformations)
     curves = pictures.add_parser("curves", help="training curves of one or more logs, side by side")

@@ -151,6 +151,13 @@ def test_folder_problems_are_named(tmp_path):
     (folder / "train" / "dog" / "1.png").write_bytes((folder / "train" / "dog" / "1.png").read_bytes()[:40])
     with pytest.raises(UserError, match="cannot read the image '.*dog/1.png'"):
         load_images(str(folder), "train")
+    (folder / "train" / "dog" / "1.png").unlink()
+    (folder / "train" / "dog" / "1.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match="cannot read the image '.*dog/1.png'"):
+        load_images(str(folder), "train")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "test" / "cat" / "._0.png").write_text("no image, but what a file manager left")
+    assert load_images(str(folder), "test")[2] == ["cat", "dog"]
     (folder / "test" / "bird").mkdir()
     with pytest.raises(UserError, match="bird' has no counterpart"):
         load_images(str(folder), "test")
@@ -213,12 +220,15 @@ def test_stl10_in_its_own_format(tmp_path, monkeypatch):
 
 
 def test_a_download_that_fails_says_what_works_offline(tmp_path, monkeypatch):
+    from http.client import BadStatusLine
+    from tarfile import ReadError
     from urllib.error import URLError
 
     import torchvision.datasets
 
     for dataset, class_name in (("cifar10", "CIFAR10"), ("stl10", "STL10")):
-        for failure in (URLError("no route"), RuntimeError("File not found or corrupted."), EOFError()):
+        for failure in (URLError("no route"), RuntimeError("File not found or corrupted."), EOFError(),
+                        BadStatusLine("x"), ReadError("truncated")):
             def fail(*args, failure=failure, **kwargs):
                 raise failure
 

@@ -130,8 +130,8 @@ def test_gradients_reach_exactly_the_parameters_that_train(make, from_scratch):
     model = make(AlexNet(), AlexNet(), from_scratch=from_scratch)
     phase_two_loss(model, *tiny_batch(), torch.randn(8, 8)).backward()
     for name, parameter in model.named_parameters():
-        if isinstance(model, VTEInfoNCE) and name in ("critic.layers.2.bias", "critic.h.2.bias", "critic.g.2.bias"):
-            continue  # adding one number to a row of scores changes nothing: a gradient of zero, but for rounding
+        if isinstance(model, VTEInfoNCE) and name in ("critic.layers.2.bias", "critic.g.2.bias"):
+            continue  # adds one number to each row of scores, which changes nothing: no gradient, but for rounding
         reached = parameter.grad is not None and parameter.grad.abs().sum() > 0
         assert reached == (from_scratch or not name.startswith("phase_one.")), name
 
@@ -222,7 +222,7 @@ def test_each_method_learns_when_lifted_out_of_its_script(make):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert 0 <= sum(losses[-5:]) < 0.7 * sum(losses[:5])  # no loss here can be negative, but with its sign wrong
 
 
 # ------------------------------------------------------------------------------------------------------------- InfoNCE
@@ -301,15 +301,28 @@ def test_concatenated_critic_equals_the_naive_form(deep, training, dtype, tolera
         assert (ours - theirs).abs().max() <= tolerance * max(1.0, theirs.abs().max().item())
 
 
-def test_concatenated_critic_under_autocast_and_in_half_precision_stays_close():
+@pytest.mark.parametrize("make", [SeparatedCritic, ConcatenatedCritic, lambda: ConcatenatedCritic(deep=True)])
+def test_scores_are_not_rounded_to_bfloat16_under_autocast(make):
+    """Neither for float32 codes nor for the bfloat16 codes of an encoder that is not ours."""
     torch.manual_seed(0)
-    critic, (z_hat, z) = ConcatenatedCritic(), codes(32, dtype=torch.float32)
+    critic, (z_hat, z) = make(), codes(32, dtype=torch.float32)
     exact = critic(z_hat, z)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = critic(z_hat, z)
-    assert scores.dtype == torch.float32 and (scores - exact).abs().max() < 0.02
-    scores.square().sum().backward()
-    assert critic.layers[0].weight.grad.isfinite().all()
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = critic(z_hat.to(dtype), z.to(dtype))
+        assert (scores.float() - exact).abs().max() < 0.05 * exact.abs().max()
+        if dtype == torch.float32:
+            assert scores.dtype == torch.float32 and not torch.equal(scores.bfloat16().float(), scores)
+        scores.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in critic.parameters())
+
+
+def test_a_collapsed_z_is_no_error():
+    """What --from-scratch tends to: a constant z. The loss and its metrics stay numbers."""
+    constant = torch.ones(8, 512)
+    loss, metrics = vte_ba_loss(constant, constant, constant)
+    assert loss == 0 and metrics["z_std"] == 0 and metrics["explained"].isfinite()
+    assert vte_ba_loss(constant + 1e-3, constant, constant)[1]["explained"].isfinite()
 
 
 @pytest.mark.parametrize("script", [predictive_transform, vte_ba, vte_infonce, avt])
@@ -319,6 +332,6 @@ def test_importing_a_script_has_no_side_effects_and_needs_common_alone(script):
     tree = ast.parse(open(script.__file__).read())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    standard = {"math", "sys", "torch.nn.functional", "torch.utils.checkpoint"}
+    standard = {"math", "sys", "torch.nn.functional", "torch.utils.checkpoint", "tqdm"}
     assert modules - standard == {"torch", "common"}
     assert script.__doc__ and "python " in script.__doc__ and "eq. " in script.__doc__

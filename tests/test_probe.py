@@ -65,6 +65,7 @@ def test_balanced_subsets():
     assert set(thirty.tolist()) < set(sixty.tolist()) and set(ten.tolist()) < set(thirty.tolist())
     assert labels[ten].bincount().tolist() == [4, 3, 3]
     assert balanced_subset(labels, 63, seed=0) is None  # class 2 has but 20
+    assert balanced_subset(labels, 2, seed=0) is None  # not one of each
     assert balanced_subset(labels, 100, seed=0).tolist() == list(range(100))  # all there is
     assert not torch.equal(balanced_subset(labels, 30, seed=1).sort().values, thirty.sort().values)
 

@@ -1,5 +1,6 @@
 """The commands as a user types them: real processes, small budgets, every kind of bad input."""
 
+import importlib
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_common import make_folder, write_checkpoint
+
+import vte_infonce
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ["--dataset", "digits", "--limit", "256", "--epochs", "1", "--batch-size", "64", "--lr", "5e-4"]
@@ -32,6 +35,16 @@ def refused(*command, cwd, code, says, environment=None):
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and "error: " in lines[0] and says in lines[0], result.stderr
     assert {path: path.stat().st_mtime_ns for path in Path(cwd).rglob("*.ckpt")} == before
+
+
+ROWS = [  # name, script and its own flags, the method its checkpoint names
+    ("avt", ["avt.py"], "avt"),
+    ("nce1", ["vte_infonce.py", "--pretrained", "pt.ckpt"], "vte_infonce_separated"),
+    ("nce2", ["vte_infonce.py", "--critic", "concatenated", "--pretrained", "pt.ckpt"], "vte_infonce_concatenated"),
+    ("steerable", ["vte_ba.py", "--steerable", "--pretrained", "pt.ckpt"], "vte_ba_steerable"),
+    ("scratch", ["vte_ba.py", "--from-scratch"], "vte_ba_from_scratch"),
+    ("nce-scratch", ["vte_infonce.py", "--from-scratch"], "vte_infonce_separated_from_scratch"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +75,51 @@ def test_both_phases_and_the_probe(trained):
     assert {"loss", "explained", "logvar", "epoch"} <= set(row)
 
 
+def test_every_other_method_trains_and_is_probed_in_one_table(trained):
+    folder, _ = trained
+    for name, command, _ in ROWS:
+        run(*command, *FEW, "--output", f"{name}.ckpt", cwd=folder)
+    checkpoints = ["pt.ckpt", "ba.ckpt", *(f"{name}.ckpt" for name, _, _ in ROWS)]
+    run("probe.py", *checkpoints, "--train-sizes", 200, 100, "--passes", 2, "--classifiers", "knn", "logistic",
+        "--json", "all.json", "--markdown", "all.md", cwd=folder)
+    rows = json.loads((folder / "all.json").read_text())
+    assert {(r["checkpoint"], r["method"]) for r in rows} >= {(f"{name}.ckpt", method) for name, _, method in ROWS}
+    assert len(rows) == 2 * 2 * (2 * 8 + 3)
+    text = (folder / "all.md").read_text()  # the paper's layout: a table for each classifier, a column for each size
+    assert text.count("| error, by training labels | features | 200 | 100 |") == 2
+    for row in rows:
+        title = {"knn": "**k-NN**", "logistic": "**logistic regression**"}[row["classifier"]]
+        table = text.split(title)[1].split("\n\n")[1].splitlines()
+        (line,) = [line for line in table if f"({row['checkpoint']})" in line or line.startswith(f"| {row['method']} |")
+                   if ("z sampled" in line) == (row["features"] == "sample")]
+        assert f"{row['error_mean']:.3f}" in line
+
+    def log(name):
+        return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()][-1]
+
+    for name in ("nce1", "nce2", "nce-scratch"):
+        row = log(name)
+        assert row["ceiling"] == pytest.approx(4.1589, abs=1e-3)  # log 64
+        assert row["bound"] == pytest.approx(row["ceiling"] - row["loss"], abs=1e-4)
+    assert all(log(name)["z_std"] > 0 for name, _, _ in ROWS) and "squared_error" in log("avt")
+
+
+def test_a_bound_at_its_ceiling_is_said_once(tmp_path, monkeypatch, capsys):
+    """With scores that tell every pair apart, all three epochs reach log 4; half as sure, none does."""
+    make_folder(tmp_path / "pets", n=4)
+    loss = vte_infonce.vte_infonce_loss
+    for sureness, times in ((100.0, 1), (1.0, 0)):
+        def sure(scores, z, logvar, sureness=sureness):
+            return loss(sureness * torch.eye(len(scores)) + 0 * scores, z, logvar)
+
+        monkeypatch.setattr(vte_infonce, "vte_infonce_loss", sure)
+        monkeypatch.setattr(sys, "argv", [
+            "vte_infonce.py", "--from-scratch", "--dataset", str(tmp_path / "pets"), "--batch-size", "4", "--epochs", "3",
+            "--image-size", "8", "--output", str(tmp_path / f"{sureness}.ckpt")])
+        vte_infonce.main()
+        assert capsys.readouterr().err.count("the bound has reached its ceiling, log N = 1.39 nats") == times
+
+
 def test_checkpoints_describe_themselves(trained):
     folder, _ = trained
     pt, ba = (torch.load(folder / name, weights_only=True) for name in ("pt.ckpt", "ba.ckpt"))
@@ -89,7 +147,7 @@ def test_probe_rows(trained):
     pixels = next(r for r in rows if r["method"] == "raw pixels" and r["classifier"] == "knn")
     assert pixels["error_mean"] < 0.25  # five neighbours among a hundred digits
     out = results["probe"].stdout
-    assert "50,000 class-balanced training images are more than digits can give" in out
+    assert "50,000 training images, as many of each class, are not what digits can give" in out
     for stated in ("K = 5", "Euclidean", "SAG, 100 iterations", "C = 1", "seed 0", "over 2 passes"):
         assert stated in out
 
@@ -122,7 +180,7 @@ def test_a_folder_of_ones_own_alexnet_and_a_copied_script_without_the_extension(
     assert "all 20 training images are used instead" in result
 
 
-@pytest.mark.parametrize("script", ["predictive_transform.py", "vte_ba.py", "probe.py"])
+@pytest.mark.parametrize("script", ["predictive_transform.py", "vte_ba.py", "vte_infonce.py", "avt.py", "probe.py"])
 def test_help_has_an_example_and_every_flag_an_explanation(script, tmp_path):
     text = run(script, "--help", cwd=tmp_path).stdout
     assert "example:\n  python " + script in text
@@ -133,16 +191,24 @@ def test_help_has_an_example_and_every_flag_an_explanation(script, tmp_path):
     assert all(flag in text for flag in shared)
 
 
-@pytest.mark.parametrize("script", ["predictive_transform.py", "vte_ba.py"])
+@pytest.mark.parametrize("script", ["predictive_transform", "vte_ba", "vte_infonce", "avt", "probe"])
 @pytest.mark.parametrize("flags, says", [
     (["--epochs", "0"], "not a number above 0"), (["--epochs", "ten"], "--epochs"),
     (["--lr", "-1"], "not a number above 0"), (["--lr", "nan"], "not a number above 0"),
     (["--batch-size", "0"], "not a number above 0"),
     (["--limit", "-5"], "not a number above 0"), (["--encoder", "resnet"], "resnet"), (["--device", "tpu"], "tpu"),
-    (["--precision", "fp8"], "fp8"), (["--seed", "x"], "--seed"), (["--learning-rate", "1"], "--learning-rate"),
+    (["--precision", "fp8"], "fp8"), (["--seed", "x"], "--seed"), (["--seed", "-1"], "from 0 to 2^32 - 1"),
+    (["--critic", "naive"], "naive"), (["--passes", "0"], "not a number above 0"), (["--learning-rate", "1"], ""),
 ])
-def test_wrong_flags(script, flags, says, tmp_path):
-    refused(script, *flags, cwd=tmp_path, code=2, says=says)
+def test_wrong_flags(script, flags, says, tmp_path, monkeypatch, capsys):
+    """In this process, by the parser alone: the commands themselves are run below."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *(["a.ckpt"] if script == "probe" else []), *flags])
+    with pytest.raises(SystemExit) as exit:
+        module.parse_args()
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1 and message.startswith(f"{script}.py: error: ")
+    assert says in message or "unrecognized arguments" in message
 
 
 def test_wrong_data(tmp_path):
@@ -157,6 +223,7 @@ def test_wrong_data(tmp_path):
     refused(*pt, "--dataset", "cifar10", cwd=tmp_path, code=1, says="--dataset digits, which works offline",
             environment=nowhere)
     refused(*pt, "--dataset", "digits", "--limit", 100, cwd=tmp_path, code=2, says="larger than the 100 training")
+    refused(*pt, "--dataset", "digits", "--batch-size", 1, cwd=tmp_path, code=2, says="--batch-size 1 is too small")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -168,7 +235,10 @@ def test_cuda_asked_for_and_absent(tmp_path):
 def test_wrong_checkpoints(trained, tmp_path):
     folder, _ = trained
     ba = ["vte_ba.py", *FEW]
-    refused(*ba, cwd=tmp_path, code=2, says="python predictive_transform.py --dataset digits --output pt.ckpt")
+    for script in ("vte_ba.py", "vte_infonce.py"):
+        says = "python predictive_transform.py --dataset digits --output pt.ckpt"
+        refused(script, *FEW, cwd=tmp_path, code=2, says=says)
+        refused(script, "--pretrained", "a.ckpt", "--from-scratch", cwd=tmp_path, code=2, says="leave out --pretrained")
     refused(*ba, "--pretrained", "no.ckpt", cwd=tmp_path, code=1, says="there is no checkpoint 'no.ckpt'")
     refused(*ba, "--pretrained", folder / "ba.ckpt", cwd=tmp_path, code=1, says="one of predictive_transform is needed")
     refused(*ba, "--pretrained", folder / "pt.ckpt", "--encoder", "alexnet", cwd=tmp_path, code=2, says="with nin")
@@ -187,7 +257,10 @@ def test_an_existing_checkpoint_is_not_overwritten(trained):
     folder, _ = trained
     log = (folder / "pt.jsonl").read_text()
     refused("predictive_transform.py", *FEW, "--output", "pt.ckpt", cwd=folder, code=2, says="exists already")
-    assert (folder / "pt.jsonl").read_text() == log
+    shutil.copy(folder / "pt.jsonl", folder / "lone.jsonl")  # a log is kept too
+    refused("predictive_transform.py", *FEW, "--output", "lone.ckpt", cwd=folder, code=2, says="'lone.jsonl' exists")
+    assert (folder / "pt.jsonl").read_text() == (folder / "lone.jsonl").read_text() == log
+    refused("probe.py", "ba.ckpt", "--json", "pt.ckpt", cwd=folder, code=2, says="ends in .json")
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_path):
@@ -205,3 +278,4 @@ def test_pictures(trained):
     run("results/figures.py", "curves", "pt.jsonl", "ba.jsonl", "--output", "c.png", cwd=folder)
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("t.png", "c.png"))
     refused("results/figures.py", "curves", "none.jsonl", cwd=folder, code=1, says="is no log")
+    refused("results/figures.py", "curves", "pt.jsonl", "--output", "no/c.png", cwd=folder, code=1, says="cannot write")

@@ -73,6 +73,47 @@ def test_a_horizon_inside_the_image_does_what_pil_does(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_point_on_the_border_is_inside_or_outside_as_in_pil(device):
+    """u is mathematically 32, the first value outside: what each form makes of it depends on its last rounding, and a
+    product with 1 / denominator or a fused multiply-add rounds another way than PIL's division."""
+    g = torch.arange(2, 2000, dtype=torch.float32)
+    coefficients = torch.zeros(len(g), 8)
+    coefficients[:, 2], coefficients[:, 4], coefficients[:, 6] = 32 * (g / 2 + 1), 1, g  # u = c / (g x + 1), x = 1/2
+    images = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8).expand(len(g), -1, -1, -1)
+    expected = torch.stack([warp_by_pil(images[0], row) for row in coefficients])
+    for warp in (projective_warp, projective_warp_reference):
+        assert torch.equal(warp(images.to(device), coefficients.to(device)).cpu(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_is_read_out_of_bounds(device):
+    """An image of ones within a sea of other values: whatever the map, only ones and the fill come out."""
+    sea = torch.full((4, 3, 40, 40), 9e9, device=device)
+    sea[1:3, :, 4:36, 4:36] = 1
+    images = sea[1:3, :, 4:36, 4:36]
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1.0, 100.0, 1e10, 1e30, 1e38):
+        for _ in range(20):
+            coefficients = (IDENTITY + scale * torch.randn(2, 8, generator=generator)).to(device)
+            warped = projective_warp(images, coefficients, 2.0)
+            assert ((warped - 1).abs().minimum((warped - 2).abs()) < 1e-5).all()
+            gradient = torch.ones_like(warped)
+            into, _ = torch.ops.minter.warp_backward(gradient, images, coefficients, None, None, None, True, False)
+            assert into.isfinite().all()
+    crops = torch.randint(-60, 61, (50, 3), generator=generator).to(device)
+    index = torch.randint(0, 2, (50,), generator=generator).to(device)
+    batch = warp_batch(images, index, crops)
+    assert ((batch == 0) | (batch == 1)).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_index_out_of_range_is_nan_on_cuda():
+    images, index = random_images(2).cuda(), torch.tensor([0, 2, -1, 1]).cuda()
+    batch = warp_batch(images, index)
+    assert batch[1:3].isnan().all() and torch.equal(batch[[0, 3]], images.float())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_where_the_map_is_undefined_the_value_is_the_fill(device):
     # g x + 1 is exactly zero in column 7 (x = 7.5), where u and v are infinite or, with a zero numerator, not a number.
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)
@@ -246,7 +287,7 @@ def test_gradient_of_the_training_form_reaches_the_coefficients():
     for built in (True, False):
         c = coefficients.clone().requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common, "extension_is_built", lambda built=built: built)
+            patch.setattr(common, "compiled_for", lambda images, built=built: built)
             (warp_batch(images, index, crops, c, scale, shift) * weights).sum().backward()
         gradients.append(c.grad)
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[1].abs().max()
@@ -403,11 +444,28 @@ def test_sampling_is_reproducible_and_leaves_the_global_generator_alone():
 def test_without_the_extension_everything_still_works_and_says_so_once(monkeypatch, capsys):
     monkeypatch.setattr(common, "minter_warp", None)
     monkeypatch.setattr(common, "minter_warp_missing", "No module named 'minter_warp'", raising=False)
+    monkeypatch.setattr(common, "noted", set())
     images, coefficients = random_images(4), draw(4, 32)
     for _ in range(2):
         assert torch.equal(projective_warp(images, coefficients), projective_warp_reference(images, coefficients))
     assert warp_batch(images, torch.tensor([1, 2]), sample_crops(2, 32), coefficients[:2]).shape == (2, 3, 32, 32)
     assert capsys.readouterr().err.count("the compiled warp is not built") == 1
+    with pytest.raises((RuntimeError, IndexError)):
+        warp_batch(images, torch.tensor([-1]))  # refused as in the compiled form, not counted from the end
+
+
+def test_a_build_without_cuda_leaves_the_gpu_to_the_reference(monkeypatch, capsys):
+    monkeypatch.setattr(common, "CUDA_ARCHITECTURES", None)
+    monkeypatch.setattr(common, "noted", set())
+
+    class OnGPU:
+        is_cuda = True
+
+    class OnCPU:
+        is_cuda = False
+
+    assert not common.compiled_for(OnGPU()) and common.compiled_for(OnCPU())
+    assert "built without CUDA" in capsys.readouterr().err
 
 
 def test_the_build_says_what_it_holds():
