@@ -10,6 +10,10 @@ where t are the 8 normalised coefficients of a random projective map (common.tra
 
     python predictive_transform.py --dataset cifar10 --output pt.ckpt
 
+Measured so far at a small scale only (10,000 images of CIFAR-10 as JPEG, 30 epochs, lr 5e-4, seed 0, two CPU cores,
+torch 2.15): squared error 2.86; error of k-NN and logistic regression with 5,000 labels .690 and .628 with z sampled,
+.685 and .533 with mu; an untrained encoder .882 and .831, .670 and .628. The README has the rest.
+
 Read from the paper as follows. The transformation is AVT's, which the paper says it uses: four independently moved
 corners, so truly projective. The decoder ends in 8 outputs (the paper's table prints 512, which cannot be compared with
 t). What the paper calls log sigma is a log-variance. There is no KL term, so nothing keeps sigma from shrinking: the

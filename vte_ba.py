@@ -9,6 +9,10 @@ transformed image t(x): it maximises the Barber-Agakov bound of I(z_hat; z), whi
 
     python vte_ba.py --pretrained pt.ckpt --dataset cifar10 --output vte_ba.ckpt
 
+Measured so far at a small scale only (10,000 images of CIFAR-10 as JPEG, 30 + 16 epochs, lr 5e-4, seed 0, two CPU
+cores, torch 2.15): error of k-NN and logistic regression with 5,000 labels .647 and .619 with z sampled, .644 and .562
+with mu; an untrained encoder .882 and .831, .670 and .628. The README has the rest.
+
 Read from the paper as follows. Eq. 18 prints sigma(z_hat) where the text states N(mu, I): unit variance is used. Both z
 and z_hat are sampled. Frozen means no gradient and batch normalisation in eval mode: phase one leaves this script bit
 for bit as it came. What the paper calls log sigma is a log-variance; its mean is logged. The decoder never sees t, so

@@ -25,7 +25,7 @@ from predictive_transform import PredictiveTransform, predictive_transform_loss
 from vte_ba import VTEBarberAgakov, vte_ba_loss
 from vte_infonce import ConcatenatedCritic, SeparatedCritic, VTEInfoNCE, vte_infonce_loss
 
-SIZE, BATCH, STEPS, WINDOW = 16, 64, 250, 25
+SIZE, BATCH, WINDOW = 16, 64, 25
 
 
 class SmallEncoder(nn.Module):
@@ -63,7 +63,7 @@ def knn_error(encoder, digits):
     return 1 - KNeighborsClassifier(5).fit(train.numpy(), labels.numpy()).score(test.numpy(), test_labels.numpy())
 
 
-def train(model, loss_of, digits):
+def train(model, loss_of, digits, steps=200):
     """Returns the mean loss of the first and of the last steps, and the k-NN error before and after."""
     images, _, _, _, (scale, shift) = digits
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +71,7 @@ def train(model, loss_of, digits):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-4)
     losses = []
     torch.manual_seed(0)
-    for _ in range(STEPS):
+    for _ in range(steps):
         index = torch.randint(0, len(images), (BATCH,), generator=generator)
         crops, coefficients = sample_crops(BATCH, SIZE, generator), sample_coefficients(BATCH, SIZE, generator)
         original = warp_batch(images, index, crops, None, scale, shift)
@@ -98,31 +98,43 @@ def loss_of(model, original, transformed, t):
 
 @pytest.fixture(scope="module")
 def phase_one(digits):
+    """With little noise to begin with, so that a short run is enough; what follows predicts its codes."""
     torch.manual_seed(0)
     model = PredictiveTransform(SmallEncoder())
-    return model.encoder, train(model, loss_of, digits)
+    nn.init.constant_(model.encoder.logvar.bias, -4.0)
+    model.encoder.logvar.weight.data.mul_(0.1)
+    return model, train(model, loss_of, digits, steps=400)
 
 
-def test_predictive_transform_learns(phase_one):
-    first, last, before, after = phase_one[1]
-    assert 0 < last < 0.9 * first and after < before - 0.03
+def test_predictive_transform_learns(phase_one, digits):
+    """Its probe is the transformation itself, of images it has not seen: better than the best constant."""
+    model, (first, last, _, _) = phase_one
+    assert 0 < last < 0.8 * first
+    _, _, test_images, _, (scale, shift) = digits
+    n, generator = 4 * len(test_images), torch.Generator().manual_seed(1)
+    coefficients = sample_coefficients(n, SIZE, generator)
+    transformed = warp_batch(test_images, torch.arange(n) % len(test_images), None, coefficients, scale, shift)
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        prediction, z, logvar = model(transformed)
+    metrics = predictive_transform_loss(prediction, transformation_target(coefficients, SIZE), z, logvar)[1]
+    assert metrics["squared_error"] < 0.95 * CONSTANT_PREDICTOR_ERROR
 
 
 def test_avt_learns(digits):
     torch.manual_seed(0)
     first, last, before, after = train(AVT(SmallEncoder()), loss_of, digits)
-    assert 0 < last < 0.6 * first and last < 0.6 * CONSTANT_PREDICTOR_ERROR / 2 and after < before - 0.5
+    assert 0 < last < 0.5 * first and last < 0.6 * CONSTANT_PREDICTOR_ERROR / 2 and after < before - 0.25
 
 
 @pytest.mark.parametrize("make, falls_to", [
-    # Most of z's variance is phase one's own noise, which nothing can predict: Barber-Agakov falls by what is left.
-    (lambda encoder, frozen: VTEBarberAgakov(encoder, frozen), 0.999),
-    (lambda encoder, frozen: VTEBarberAgakov(encoder, frozen, steerable=True), 0.999),
-    (lambda encoder, frozen: VTEInfoNCE(encoder, frozen, SeparatedCritic()), 0.5),
-    (lambda encoder, frozen: VTEInfoNCE(encoder, frozen, ConcatenatedCritic()), 0.97),
+    (lambda encoder, frozen: VTEBarberAgakov(encoder, frozen), 0.92),  # the rest is what no one can tell without t,
+    (lambda encoder, frozen: VTEBarberAgakov(encoder, frozen, steerable=True), 0.8),  # as this one can
+    (lambda encoder, frozen: VTEInfoNCE(encoder, frozen, SeparatedCritic()), 0.6),
+    (lambda encoder, frozen: VTEInfoNCE(encoder, frozen, ConcatenatedCritic()), 0.85),
 ], ids=["ba", "steerable", "separated", "concatenated"])
 def test_phase_two_learns(make, falls_to, phase_one, digits):
     torch.manual_seed(1)
-    model = make(SmallEncoder(), copy.deepcopy(phase_one[0]))
+    model = make(SmallEncoder(), copy.deepcopy(phase_one[0].encoder))
     first, last, before, after = train(model, loss_of, digits)
-    assert 0 < last < falls_to * first and after < before - 0.4
+    assert 0 < last < falls_to * first and after < before - 0.3
