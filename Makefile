@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/python -m ruff check .
 
 # All five rows of VTE's tables, few epochs each, on 1,442 digits: to see everything work, not to compare methods.
-DEMO := --dataset digits --batch-size 64 --lr 5e-4 --epochs 6
+DEMO := --dataset digits --batch-size 64 --lr 2e-4 --epochs 5
 PHASE_TWO := $(DEMO) --pretrained $(RUNS)/pt.ckpt
 
 demo: setup
@@ -48,7 +48,7 @@ demo: setup
 	$(BIN)/python results/figures.py transformations --dataset digits --output $(RUNS)/transformations.png
 	$(BIN)/python results/figures.py curves $(RUNS)/*.jsonl --output $(RUNS)/curves.png
 	$(BIN)/python probe.py $(addprefix $(RUNS)/,avt.ckpt pt.ckpt vte_ba.ckpt infonce1.ckpt infonce2.ckpt) \
-	    --train-sizes 1000 100 --json $(RUNS)/probe.json --markdown $(RUNS)/probe.md
+	    --train-sizes 500 100 --json $(RUNS)/probe.json --markdown $(RUNS)/probe.md
 	@echo "pictures: $(RUNS)/transformations.png $(RUNS)/curves.png; tables: $(RUNS)/probe.md"
 
 clean:

@@ -559,7 +559,7 @@ def choose_precision(name, device):
 
 
 class Run:
-    """One training run: device, precision, seeds, images, batches, log, checkpoints. Methods never see a loss's name.
+    """One training run: device, precision, seeds, images, batches, log, checkpoints. It knows no method and no loss.
 
     pretrained: the checkpoint (a dict) this run builds on; its data set, sizes and normalisation are the defaults.
     yardsticks: constants logged beside the metrics, {name: value}.
