@@ -18,7 +18,7 @@ setup: $(VENV)/.built
 $(VENV)/.installed:
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing packages into $(VENV): PyTorch is some gigabytes, which takes minutes"
-	@$(PIP) --quiet torch torchvision ninja pybind11 setuptools wheel
+	@$(PIP) --quiet torch torchvision ninja pybind11 'setuptools>=77' wheel
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)

@@ -189,8 +189,8 @@ def projective_warp_reference(images, coefficients, fill=128.0):
 
     def tap(row, column):
         at = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-        at = at.long().reshape(n, 1, -1).expand(-1, channels, -1)
-        return pixels.reshape(n, channels, -1).gather(2, at).reshape(n, channels, height, width)
+        at = at.long().flatten(1)[:, None].expand(n, channels, height * width)
+        return pixels.flatten(2).gather(2, at).reshape(n, channels, height, width)
 
     top = tap(y0, x0) * (1 - fx) + tap(y0, x0 + 1) * fx
     low = tap(y0 + 1, x0) * (1 - fx) + tap(y0 + 1, x0 + 1) * fx

@@ -66,15 +66,18 @@ def architectures(home):
 
 
 def extension():
+    import torch
+
     home, why_not = choose_cuda()
     if home is not None:
         os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: it looks once, at import
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(home)
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = ["csrc/operators.cpp", "csrc/warp_cpu.cpp"]
+    sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp"]
     # The oldest torch this build is to run with: 2.10, in the stable interface's notation.
     compile_args = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    compile_args += [f'-DMINTER_TORCH="{torch.__version__}"']
     exact = ["-ffp-contract=off"]  # coordinates are rounded as PIL's are (csrc/warp.h)
     if home is None:
         print(f"minter: building the warp for the CPU only ({why_not})", file=sys.stderr)

@@ -1,5 +1,5 @@
 // minter::warp and minter::warp_backward: what they accept, and their registration with PyTorch's dispatcher through its
-// stable C++ interface (torch 2.10 and newer). The Python module carries no operator, only how it was built.
+// stable C++ interface (torch 2.10 and newer).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -7,10 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
-
-#include <pybind11/pybind11.h>
 
 #include "warp.h"
 
@@ -154,21 +151,3 @@ STABLE_TORCH_LIBRARY_IMPL(minter, CUDA, m) {
 #endif
 
 }  // namespace minter
-
-PYBIND11_MODULE(minter_warp, module) {
-  module.doc() = "minTER's compiled warp; importing it registers torch.ops.minter.warp";
-  module.def(
-      "build_info",
-      [] {
-        pybind11::dict info;
-        info["compiler"] = __VERSION__;
-        info["torch"] = TORCH_VERSION;
-#ifdef MINTER_CUDA
-        info["cuda_architectures"] = std::string(MINTER_CUDA);
-#else
-        info["cuda_architectures"] = pybind11::none();
-#endif
-        return info;
-      },
-      "How this module was built: compiler, torch version, CUDA architectures (None: without CUDA).");
-}
