@@ -269,10 +269,10 @@ def warp_batch(images, index, crops=None, coefficients=None, scale=None, shift=N
     the CPU; on CUDA the compiled form, which would have to wait for it, makes that image NaN.
     """
     if coefficients is not None:
-        coefficients = coefficients.contiguous() if coefficients.dtype == torch.float64 else coefficients.float()
+        double = coefficients.dtype == torch.float64
+        coefficients = (coefficients if double else coefficients.float()).contiguous()
     if compiled_for(images):
-        return torch.ops.minter.warp(images, None if coefficients is None else coefficients.contiguous(), index, crops,
-                                     scale, shift, fill, dtype)
+        return torch.ops.minter.warp(images, coefficients, index, crops, scale, shift, fill, dtype)
     batch = images.index_select(0, index).float()
     batch = batch if crops is None else crop_and_flip_reference(batch, crops)
     batch = batch if coefficients is None else projective_warp_reference(batch, coefficients, fill)
