@@ -47,9 +47,10 @@ def reparameterize(mu, logvar):
 
 
 class NIN(nn.Module):
-    """Network-in-Network (VTE Table 5): images (N, 3, S, S) -> mu, logvar, both (N, 512) float32."""
+    """Network-in-Network (VTE Table 5): images (N, 3, S, S) -> mu, logvar, both (N, 512) float32. With
+    probabilistic=False it has no second head and returns mu alone."""
 
-    def __init__(self, image_size=32, features=512):
+    def __init__(self, image_size=32, features=512, probabilistic=True):
         super().__init__()
 
         def block(inputs, outputs, kernel):
@@ -63,18 +64,20 @@ class NIN(nn.Module):
         )
         side = math.ceil(math.ceil(image_size / 2) / 2)
         self.mu = nn.Linear(8 * side * side, features)
-        self.logvar = nn.Linear(8 * side * side, features)
+        self.logvar = nn.Linear(8 * side * side, features) if probabilistic else None
 
     def forward(self, images):
         hidden = self.trunk(images)
-        return self.mu(hidden).float(), self.logvar(hidden).float()
+        mu = self.mu(hidden).float()
+        return mu if self.logvar is None else (mu, self.logvar(hidden).float())
 
 
 class AlexNet(nn.Module):
     """AlexNet for small images (VTE Table 6): images (N, 3, S, S) with S >= 32 -> mu, logvar, both (N, 512) float32.
-    No normalisation layers. The table's last two blocks, which cannot be chained as printed, are 384-256-256."""
+    No normalisation layers. The table's last two blocks, which cannot be chained as printed, are 384-256-256. With
+    probabilistic=False it has no second head and returns mu alone."""
 
-    def __init__(self, image_size=32, features=512):
+    def __init__(self, image_size=32, features=512, probabilistic=True):
         super().__init__()
 
         def block(inputs, outputs, kernel, padding):
@@ -90,15 +93,38 @@ class AlexNet(nn.Module):
         for _ in range(3):
             side = (side - 3) // 2 + 1
         self.mu = nn.Linear(256 * side * side, features)
-        self.logvar = nn.Linear(256 * side * side, features)
+        self.logvar = nn.Linear(256 * side * side, features) if probabilistic else None
 
     def forward(self, images):
         hidden = self.trunk(images)
-        return self.mu(hidden).float(), self.logvar(hidden).float()
+        mu = self.mu(hidden).float()
+        return mu if self.logvar is None else (mu, self.logvar(hidden).float())
 
 
-def build_encoder(name, image_size=32):
-    return {"nin": NIN, "alexnet": AlexNet}[name](image_size)
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 without its classifier, deterministic: images (N, 3, S, S) -> (N, 512) float32. Residual
+    branches begin at zero; at 64 pixels and below the stem is one 3 x 3 convolution of stride 1 without pooling."""
+
+    def __init__(self, image_size=96):
+        super().__init__()
+        from torchvision.models import resnet18
+
+        self.trunk = resnet18(zero_init_residual=True)
+        self.trunk.fc = nn.Identity()
+        if image_size <= 64:
+            self.trunk.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.trunk.maxpool = nn.Identity()
+
+    def forward(self, images):
+        return self.trunk(images).float()
+
+
+def build_encoder(name, image_size=32, probabilistic=True):
+    """probabilistic: with a log-variance beside mu (nin, alexnet); resnet18 never has one."""
+    if name == "resnet18":
+        return ResNet18(image_size)
+    return {"nin": NIN, "alexnet": AlexNet}[name](image_size, probabilistic=probabilistic)
 
 
 # ------------------------------------------------------------------------------------------------ transformations
@@ -171,16 +197,19 @@ def sample_crops(n, size, generator=None):
     return torch.cat([shift, torch.randint(0, 2, (n, 1), **draw)], 1)
 
 
-def projective_warp_reference(images, coefficients, fill=128.0):
+def projective_warp_reference(images, coefficients, fill=128.0, window=None):
     """`projective_warp` in plain PyTorch: the same result, differentiable, on any device. The test oracle, and the
-    fallback when the extension is not built."""
+    fallback when the extension is not built. window: as for `warp_batch`."""
     n, channels, height, width = images.shape
     a, b, c, d, e, f, g, h = coefficients.double().reshape(n, 8, 1, 1).unbind(1)
     x = torch.arange(width, device=images.device, dtype=torch.float64) + 0.5  # (W,)
     y = torch.arange(height, device=images.device, dtype=torch.float64)[:, None] + 0.5  # (H, 1)
     denominator = g * x + h * y + 1  # (N, H, W)
     u, v = (a * x + b * y + c) / denominator, (d * x + e * y + f) / denominator
-    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)  # False for NaN
+    whole = torch.tensor([[0, 0, height, width]], device=images.device)
+    top, left, rows, columns = (whole if window is None else window).reshape(-1, 4, 1, 1).unbind(1)
+    bottom, right = top + rows, left + columns
+    inside = (u >= left) & (u < right) & (v >= top) & (v < bottom)  # False for NaN
     u, v = torch.where(inside, u, 0.5) - 0.5, torch.where(inside, v, 0.5) - 0.5
 
     pixels = images if images.is_floating_point() else images.float()
@@ -188,13 +217,13 @@ def projective_warp_reference(images, coefficients, fill=128.0):
     fx, fy = (u - x0).to(pixels.dtype)[:, None], (v - y0).to(pixels.dtype)[:, None]  # (N, 1, H, W)
 
     def tap(row, column):
-        at = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-        at = at.long().flatten(1)[:, None].expand(n, channels, height * width)
+        row, column = row.clamp(top, bottom - 1).clamp(0, height - 1), column.clamp(left, right - 1).clamp(0, width - 1)
+        at = (row * width + column).long().flatten(1)[:, None].expand(n, channels, height * width)
         return pixels.flatten(2).gather(2, at).reshape(n, channels, height, width)
 
-    top = tap(y0, x0) * (1 - fx) + tap(y0, x0 + 1) * fx
-    low = tap(y0 + 1, x0) * (1 - fx) + tap(y0 + 1, x0 + 1) * fx
-    warped = torch.where(inside[:, None], top * (1 - fy) + low * fy, fill)
+    above = tap(y0, x0) * (1 - fx) + tap(y0, x0 + 1) * fx
+    below = tap(y0 + 1, x0) * (1 - fx) + tap(y0 + 1, x0 + 1) * fx
+    warped = torch.where(inside[:, None], above * (1 - fy) + below * fy, fill)
     return warped if images.is_floating_point() else warped.round().clamp(0, 255).to(images.dtype)
 
 
@@ -257,25 +286,30 @@ def projective_warp(images, coefficients, fill=128.0):
         return projective_warp_reference(images, coefficients, fill)
     if coefficients.dtype not in (torch.float32, torch.float64):
         coefficients = coefficients.float()
-    return torch.ops.minter.warp(images, coefficients.contiguous(), None, None, None, None, fill, images.dtype)
+    return torch.ops.minter.warp(images, coefficients.contiguous(), None, None, None, None, None, fill, images.dtype)
 
 
-def warp_batch(images, index, crops=None, coefficients=None, scale=None, shift=None, dtype=torch.float32, fill=128.0):
+def warp_batch(images, index, crops=None, coefficients=None, scale=None, shift=None, dtype=torch.float32, fill=128.0,
+               window=None):
     """What a training step needs, in one pass over the output: take, crop and flip, warp, normalise.
 
     images: the data set, (M, C, H, W) uint8 (float32 also). index: (N,) int64, which images. crops: (N, 3) int64 from
     `sample_crops`, or None. coefficients: (N, 8), or None for no warp. scale, shift: (C,) float32 from `normalization`,
-    output = value * scale + shift. dtype: float32 or bfloat16. Returns (N, C, H, W). An index out of range raises on
-    the CPU; on CUDA the compiled form, which would have to wait for it, makes that image NaN.
+    output = value * scale + shift. dtype: float32 or bfloat16. window: (N, 4) int64 rows (top, left, height, width),
+    all that the warp sees of each cropped and flipped image, in whose coordinates it stays; None for everything.
+    Returns (N, C, H, W). An index out of range raises on the CPU; on CUDA the compiled form, which would have to wait
+    for it, makes that image NaN.
     """
+    if window is not None and coefficients is None:
+        raise ValueError("warp_batch takes a window with coefficients only")
     if coefficients is not None:
         double = coefficients.dtype == torch.float64
         coefficients = (coefficients if double else coefficients.float()).contiguous()
     if compiled_for(images):
-        return torch.ops.minter.warp(images, coefficients, index, crops, scale, shift, fill, dtype)
+        return torch.ops.minter.warp(images, coefficients, index, crops, window, scale, shift, fill, dtype)
     batch = images.index_select(0, index).float()
     batch = batch if crops is None else crop_and_flip_reference(batch, crops)
-    batch = batch if coefficients is None else projective_warp_reference(batch, coefficients, fill)
+    batch = batch if coefficients is None else projective_warp_reference(batch, coefficients, fill, window)
     batch = batch if scale is None else batch * scale[:, None, None]
     batch = batch if shift is None else batch + shift[:, None, None]
     return batch.to(dtype)
@@ -290,27 +324,28 @@ def normalization(mean, std, device="cpu"):
 if minter_warp is not None:
 
     @torch.library.register_fake("minter::warp")
-    def _(images, coefficients, index, crop, scale, shift, fill, dtype):
+    def _(images, coefficients, index, crop, window, scale, shift, fill, dtype):
         return images.new_empty((len(images) if index is None else len(index), *images.shape[1:]), dtype=dtype)
 
     @torch.library.register_fake("minter::warp_backward")
-    def _(grad, images, coefficients, index, crop, scale, images_needed, coefficients_needed):
+    def _(grad, images, coefficients, index, crop, window, scale, images_needed, coefficients_needed):
         return (images.new_empty(grad.shape if images_needed else (0,)),
                 images.new_empty((len(grad), 8) if coefficients_needed else (0,), dtype=torch.float64))
 
     def _save_for_backward(ctx, inputs, output):
-        images, coefficients, index, crop, scale, _shift, _fill, _dtype = inputs
-        ctx.save_for_backward(images, coefficients, index, crop, scale)
+        images, coefficients, index, crop, window, scale, _shift, _fill, _dtype = inputs
+        ctx.save_for_backward(images, coefficients, index, crop, window, scale)
 
     def _warp_backward(ctx, grad):
-        images, coefficients, index, crop, scale = ctx.saved_tensors
+        images, coefficients, index, crop, window, scale = ctx.saved_tensors
         real = torch.float64 if images.dtype == torch.float64 else torch.float32
         need_images, need_coefficients = ctx.needs_input_grad[:2]
         grad_images, grad_coefficients = torch.ops.minter.warp_backward(
-            grad.to(real).contiguous(), images, coefficients, index, crop, scale, need_images, need_coefficients)
+            grad.to(real).contiguous(), images, coefficients, index, crop, window, scale, need_images,
+            need_coefficients)
         return (grad_images if need_images else None,
                 grad_coefficients.to(coefficients.dtype) if need_coefficients else None,
-                None, None, None, None, None, None)
+                None, None, None, None, None, None, None)
 
     def _no_second_derivative(ctx, *grads):
         raise RuntimeError("the compiled warp has no second derivative; use projective_warp_reference for one")
@@ -332,9 +367,9 @@ def load_images(dataset, split, data_dir="data", image_size=32):
     """Decodes a data set into one tensor.
 
     dataset: "digits", "cifar10", "stl10", or a folder with train/<class>/* and test/<class>/*. split: "train" or
-    "test", both with labels, or "unlabeled": what to pretrain on, the training images where a set has no unlabeled
-    ones. Returns images (N, 3, image_size, image_size) uint8, labels (N,) int64 or None, class names. The images of a
-    folder come one class after the other in turn, so that the first n are balanced. Raises UserError.
+    "test", both with labels, or what to pretrain on, "unlabeled" or "train+unlabeled": the training images where a set
+    has no unlabeled ones. Returns images (N, 3, image_size, image_size) uint8, labels (N,) int64 or None, class names.
+    The images of a folder come one class after the other in turn, so that the first n are balanced. Raises UserError.
     """
     if dataset == "digits":
         return load_digits_split(split, image_size)
@@ -389,7 +424,7 @@ def load_torchvision(dataset, split, data_dir, image_size):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name} could not be downloaded into or read from '{data_dir}' ({reason}): try again, or use "
                         "--dataset digits, which works offline, or --dataset DIR with images of your own") from error
-    labels = None if split == "unlabeled" and dataset == "stl10" else torch.as_tensor(labels).long()
+    labels = None if split.endswith("unlabeled") and dataset == "stl10" else torch.as_tensor(labels).long()
     return resize(images, image_size), labels, list(data.classes)
 
 
@@ -500,6 +535,13 @@ def positive(kind):
     return parse
 
 
+def non_negative(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of 0 or more")
+    return value
+
+
 def seed(text):
     value = int(text)
     if not 0 <= value < 2**32:
@@ -507,19 +549,25 @@ def seed(text):
     return value
 
 
-def training_parser(description, example, output):
-    """The flags that every training script has."""
+VTE_HELP = {
+    "encoder": "default: the paper's, alexnet for stl10 and nin for all else; both must be the same in both phases",
+    "image_size": "images are resized to this side; 32 as in the paper by default",
+    "batch_size": "default: 512 for stl10, 256 for all else; smaller for few images",
+    "lr": "Adam's; 1e-4 for long runs as in the paper, 5e-4 for runs of few epochs; sigma can diverge above that",
+}
+
+
+def training_parser(description, example, output, encoders=("nin", "alexnet"), lr=1e-4, advice=VTE_HELP):
+    """The flags that every training script has. advice: what to say of those whose defaults are a paper's."""
     parser = Parser(description=description, epilog=f"example:\n  {example}")
     add = parser.add_argument
     add("--dataset", help="digits (offline), cifar10, stl10, or a folder with train/<class>/ and test/<class>/")
     add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
-    add("--encoder", choices=["nin", "alexnet"],
-        help="default: the paper's, alexnet for stl10 and nin for all else; both must be the same in both phases")
-    add("--image-size", type=positive(int), help="images are resized to this side; 32 as in the paper by default")
+    add("--encoder", choices=encoders, help=advice["encoder"])
+    add("--image-size", type=positive(int), help=advice["image_size"])
     add("--epochs", type=positive(int), default=200, help="200 as in the paper; 10 to 20 show whether it learns")
-    add("--batch-size", type=positive(int), help="default: 512 for stl10, 256 for all else; smaller for few images")
-    add("--lr", type=positive(float), default=1e-4,
-        help="Adam's; 1e-4 for long runs as in the paper, 5e-4 for runs of few epochs; sigma can diverge above that")
+    add("--batch-size", type=positive(int), help=advice["batch_size"])
+    add("--lr", type=positive(float), default=lr, help=advice["lr"])
     add("--seed", type=seed, default=0, help="of weights, order, transformations and noise; vary it for error bars")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
@@ -562,10 +610,10 @@ class Run:
     """One training run: device, precision, seeds, images, batches, log, checkpoints. It knows no method and no loss.
 
     pretrained: the checkpoint (a dict) this run builds on; its data set, sizes and normalisation are the defaults.
-    yardsticks: constants logged beside the metrics, {name: value}.
+    yardsticks: constants logged beside the metrics, {name: value}. split: the images to train on.
     """
 
-    def __init__(self, method, args, pretrained=None, yardsticks=None):
+    def __init__(self, method, args, pretrained=None, yardsticks=None, split="unlabeled"):
         given = pretrained["config"] if pretrained else {}
         args.dataset = args.dataset or given.get("dataset", "cifar10")
         args.encoder = args.encoder or given.get("encoder", "alexnet" if args.dataset == "stl10" else "nin")
@@ -585,7 +633,7 @@ class Run:
         self.output = Path(args.output)
         self.log = Path(args.output.removesuffix(".ckpt") + ".jsonl")
         self._check_output()
-        images, _, _ = load_images(args.dataset, "unlabeled", args.data_dir, args.image_size)
+        images, _, _ = load_images(args.dataset, split, args.data_dir, args.image_size)
         images = images[: args.limit]
         if args.batch_size > len(images):
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(images)} training images: "
@@ -644,7 +692,8 @@ class Run:
         """Adds a step's loss and metrics, scalars on the device, to the epoch's means. Waits for the device only to
         show the loss in the progress bar, twice a second at most."""
         for name, value in {"loss": loss, **metrics}.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float() * count
+            total, images = self._sums.get(name, (0, 0))
+            self._sums[name] = total + value.detach().float() * count, images + count
         self._seen += count
         self._bar.update(count)
         if not self._bar.disable and time.perf_counter() - self._shown > 0.5:
@@ -653,10 +702,14 @@ class Run:
 
     def mean(self, name):
         """The mean of a metric over the images of this epoch so far; waits for the device."""
-        return (self._sums[name] / self._seen).item()
+        total, images = self._sums[name]
+        return (total / images).item()
+
+    def means(self):
+        return {name: self.mean(name) for name in self._sums}
 
     def _finish_epoch(self, model, optimizer):
-        means = {name: self.mean(name) for name in self._sums}
+        means = self.means()
         seconds = time.perf_counter() - self._start
         bad = [f"the {name} became {value}" for name, value in means.items() if not math.isfinite(value)]
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -735,7 +788,7 @@ def load_encoder(checkpoint, path):
     """The encoder of a checkpoint, in eval mode on the CPU. Raises UserError where its weights do not fit."""
     config = checkpoint["config"]
     try:
-        encoder = build_encoder(config["encoder"], config["image_size"])
+        encoder = build_encoder(config["encoder"], config["image_size"], config.get("probabilistic", True))
         encoder.load_state_dict(checkpoint["encoder"])
     except Exception as error:
         raise UserError(f"the weights in '{path}' do not fit the encoder '{config.get('encoder')}' at image size "

@@ -45,8 +45,8 @@ const T* optional_data(const std::optional<Tensor>& tensor, const Tensor& images
 
 // Checks everything the kernels rely on.
 Warp make_warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
-               const std::optional<Tensor>& crop, const std::optional<Tensor>& scale,
-               const std::optional<Tensor>& shift, double fill) {
+               const std::optional<Tensor>& crop, const std::optional<Tensor>& window,
+               const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double fill) {
   STD_TORCH_CHECK(images.dim() == 4, "minter::warp: images are to have 4 dimensions (N, C, H, W)");
   const ScalarType type = images.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Float || type == ScalarType::Double,
@@ -60,6 +60,7 @@ Warp make_warp(const Tensor& images, const std::optional<Tensor>& coefficients, 
   w.images = images.const_data_ptr();
   w.index = optional_data<int64_t>(index, images, "index", ScalarType::Long, w.batch, 0);
   w.crop = optional_data<int64_t>(crop, images, "crop", ScalarType::Long, w.batch, 3);
+  w.window = optional_data<int64_t>(window, images, "window", ScalarType::Long, w.batch, 4);
   w.scale = optional_data<float>(scale, images, "scale", ScalarType::Float, w.channels, 0);
   w.shift = optional_data<float>(shift, images, "shift", ScalarType::Float, w.channels, 0);
   w.double_coefficients = coefficients && coefficients->scalar_type() == ScalarType::Double;
@@ -77,9 +78,9 @@ void* current_stream(const Tensor& tensor) {
 }
 
 Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
-            const std::optional<Tensor>& crop, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-            double fill, ScalarType dtype) {
-  const Warp w = make_warp(images, coefficients, index, crop, scale, shift, fill);
+            const std::optional<Tensor>& crop, const std::optional<Tensor>& window, const std::optional<Tensor>& scale,
+            const std::optional<Tensor>& shift, double fill, ScalarType dtype) {
+  const Warp w = make_warp(images, coefficients, index, crop, window, scale, shift, fill);
   const Type in = type_of(images.scalar_type()), out = type_of(dtype);
   STD_TORCH_CHECK(in == out || (in != Type::float64 && (out == Type::float32 || out == Type::bfloat16)),
                   "minter::warp: the output is to have the type of the images, or float32 or bfloat16");
@@ -98,9 +99,10 @@ Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, con
 // Gradients with respect to the images (zeros of no elements when not asked for) and the coefficients (likewise).
 std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad, const Tensor& images,
                                          const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
-                                         const std::optional<Tensor>& crop, const std::optional<Tensor>& scale,
-                                         bool images_needed, bool coefficients_needed) {
-  const Warp w = make_warp(images, coefficients, index, crop, scale, std::nullopt, 0.0);
+                                         const std::optional<Tensor>& crop, const std::optional<Tensor>& window,
+                                         const std::optional<Tensor>& scale, bool images_needed,
+                                         bool coefficients_needed) {
+  const Warp w = make_warp(images, coefficients, index, crop, window, scale, std::nullopt, 0.0);
   const Type in = type_of(images.scalar_type());
   const ScalarType real = in == Type::float64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(!images_needed || (in != Type::uint8 && !index),
@@ -131,11 +133,11 @@ std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad, const Tensor& image
 
 STABLE_TORCH_LIBRARY(minter, m) {
   m.def(
-      "warp(Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? scale, Tensor? shift, "
-      "float fill, ScalarType dtype) -> Tensor");
+      "warp(Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? window, Tensor? scale, "
+      "Tensor? shift, float fill, ScalarType dtype) -> Tensor");
   m.def(
-      "warp_backward(Tensor grad, Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? scale, "
-      "bool images_needed, bool coefficients_needed) -> (Tensor, Tensor)");
+      "warp_backward(Tensor grad, Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? window, "
+      "Tensor? scale, bool images_needed, bool coefficients_needed) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minter, CPU, m) {

@@ -4,7 +4,8 @@
 // centre (x + 1/2, y + 1/2) of an output pixel to the point (u, v) of the input it is read from,
 //     u = (a x + b y + c) / (g x + h y + 1),   v = (d x + e y + f) / (g x + h y + 1).
 // Inside 0 <= u < W, 0 <= v < H the value is bilinear with clamped taps; outside, and wherever u or v is not a
-// number, it is the fill value. A negative denominator is nothing special.
+// number, it is the fill value. A negative denominator is nothing special. With a window, the image is that window: no
+// point outside it is inside, and no tap reaches beyond it (so that a resized crop is torchvision's).
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,7 @@ struct Warp {
   const void* images;           // (images, channels, height, width), uint8 | float | double, any strides
   const int64_t* index;         // (batch,): which image each output is made from; null: the n-th from the n-th
   const int64_t* crop;          // (batch, 3): rows down, columns right, flip; null: none
+  const int64_t* window;        // (batch, 4): top, left, height, width; null: the whole image
   const void* coefficients;     // (batch, 8), float | double; null: the identity
   const float* scale;           // (channels,): output = value * scale + shift; null: 1
   const float* shift;           // (channels,); null: 0
@@ -44,11 +46,12 @@ WARP_INLINE Coefficients load_coefficients(const Warp& w, int64_t n) {
           coefficient(w, n, 4), coefficient(w, n, 5), coefficient(w, n, 6), coefficient(w, n, 7)};
 }
 
-// A view of one source image after crop and flip: where pixel (y, x) of that view lies in memory.
+// A view of one source image after crop and flip: where pixel (y, x) of that view lies in memory, and which are read.
 struct View {
   int64_t image;      // which image, or -1 if the index is out of range
   int64_t down, right;
   bool flip;
+  int64_t top, left, bottom, end;  // pixels top <= y < bottom, left <= x < end
 };
 
 WARP_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
@@ -56,12 +59,17 @@ WARP_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
 }
 
 WARP_INLINE View load_view(const Warp& w, int64_t n) {
-  View view{w.index ? w.index[n] : n, 0, 0, false};
+  View view{w.index ? w.index[n] : n, 0, 0, false, 0, 0, w.height, w.width};
   if (view.image < 0 || view.image >= w.num_images) view.image = -1;
   if (w.crop) {  // a shift by more than the image leaves nothing of it: clamping keeps the sums below from overflowing
     view.down = clamp(w.crop[n * 3], -w.height, w.height);
     view.right = clamp(w.crop[n * 3 + 1], -w.width, w.width);
     view.flip = w.crop[n * 3 + 2] != 0;
+  }
+  if (w.window) {
+    view.top = clamp(w.window[n * 4], 0, w.height), view.left = clamp(w.window[n * 4 + 1], 0, w.width);
+    view.bottom = view.top + clamp(w.window[n * 4 + 2], 0, w.height - view.top);
+    view.end = view.left + clamp(w.window[n * 4 + 3], 0, w.width - view.left);
   }
   return view;
 }
@@ -104,8 +112,9 @@ WARP_INLINE Point source_point(const Coefficients& k, int64_t row, int64_t colum
 }
 
 // Written so that NaN is outside.
-WARP_INLINE bool inside(const Warp& w, const Point& p) {
-  return p.u >= 0.0 && p.u < static_cast<double>(w.width) && p.v >= 0.0 && p.v < static_cast<double>(w.height);
+WARP_INLINE bool inside(const View& view, const Point& p) {
+  return p.u >= static_cast<double>(view.left) && p.u < static_cast<double>(view.end) &&
+         p.v >= static_cast<double>(view.top) && p.v < static_cast<double>(view.bottom);
 }
 
 // The four taps of a point inside: offsets in the order (y0 x0) (y0 x1) (y1 x0) (y1 x1), and the fractions.
@@ -116,8 +125,8 @@ template <typename Real>
 WARP_INLINE Taps<Real> taps(const Warp& w, const View& view, const Point& p) {
   const double u = p.u - 0.5, v = p.v - 0.5;  // in [-0.5, size - 0.5)
   const int64_t x = u < 0.0 ? -1 : static_cast<int64_t>(u), y = v < 0.0 ? -1 : static_cast<int64_t>(v);
-  const int64_t x0 = x < 0 ? 0 : x, x1 = x + 1 < w.width ? x + 1 : w.width - 1;
-  const int64_t y0 = y < 0 ? 0 : y, y1 = y + 1 < w.height ? y + 1 : w.height - 1;
+  const int64_t x0 = x < view.left ? view.left : x, x1 = x + 1 < view.end ? x + 1 : view.end - 1;
+  const int64_t y0 = y < view.top ? view.top : y, y1 = y + 1 < view.bottom ? y + 1 : view.bottom - 1;
   return {{offset(w, view, y0, x0), offset(w, view, y0, x1), offset(w, view, y1, x0), offset(w, view, y1, x1)},
           static_cast<Real>(u - x), static_cast<Real>(v - y)};
 }

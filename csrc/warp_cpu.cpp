@@ -35,7 +35,7 @@ void forward_image(const Warp& w, int64_t n, Out* output) {
   for (int64_t y = 0, i = 0; y < w.height; ++y) {
     for (int64_t x = 0; x < w.width; ++x, ++i) {
       const Point point = source_point(coefficients, y, x);
-      if (inside(w, point)) {
+      if (inside(view, point)) {
         const Taps<Real> t = taps<Real>(w, view, point);
         for (int64_t c = 0; c < w.channels; ++c) {
           output[c * pixels + i] = convert<Out>(normalized(w, bilinear<Real, In>(w, t, c), c));
@@ -61,7 +61,7 @@ void backward_image(const Warp& w, int64_t n, const Real* grad, In* grad_images,
   for (int64_t y = 0, i = 0; y < w.height; ++y) {
     for (int64_t x = 0; x < w.width; ++x, ++i) {
       const Point point = source_point(coefficients, y, x);
-      if (!inside(w, point)) continue;
+      if (!inside(view, point)) continue;
       if (grad_coefficients) {
         double du = 0, dv = 0;
         point_gradient<Real, In>(w, taps<Real>(w, view, point), [&](int64_t c) { return grad[c * pixels + i]; }, du, dv);

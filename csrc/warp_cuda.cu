@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Warp w, Out* __
     Out* out = output + n * w.channels * pixels + pixel;
     if (view.image < 0) {  // an index out of range, which cannot raise from here without a synchronisation
       for (int64_t c = 0; c < w.channels; ++c) out[c * pixels] = convert<Out>(static_cast<Real>(nan("")));  // uint8: 0
-    } else if (inside(w, point)) {
+    } else if (inside(view, point)) {
       const Taps<Real> t = taps<Real>(w, view, point);
       for (int64_t c = 0; c < w.channels; ++c) {
         out[c * pixels] = convert<Out>(normalized(w, bilinear<Real, In>(w, t, c), c));
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Warp w, const 
     double sums[8] = {};
     for (int64_t i = threadIdx.x; i < pixels && view.image >= 0; i += kThreads) {
       const Point point = source_point(coefficients, i / w.width, i % w.width);
-      if (!inside(w, point)) continue;
+      if (!inside(view, point)) continue;
       if (grad_coefficients) {
         double du = 0, dv = 0;
         point_gradient<Real, In>(w, taps<Real>(w, view, point), [&](int64_t c) { return grad[c * pixels + i]; }, du, dv);

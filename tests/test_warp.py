@@ -98,7 +98,7 @@ def test_nothing_is_read_out_of_bounds(device):
             warped = projective_warp(images, coefficients, 2.0)
             assert ((warped - 1).abs().minimum((warped - 2).abs()) < 1e-5).all()
             gradient = torch.ones_like(warped)
-            into, _ = torch.ops.minter.warp_backward(gradient, images, coefficients, None, None, None, True, False)
+            into, _ = torch.ops.minter.warp_backward(gradient, images, coefficients, *4 * [None], True, False)
             assert into.isfinite().all()
     crops = torch.randint(-60, 61, (50, 3), generator=generator).to(device)
     index = torch.randint(0, 2, (50,), generator=generator).to(device)
@@ -313,18 +313,19 @@ def test_opcheck(device):
     images, coefficients = images.detach().to(device), coefficients.detach().to(device)
     index, crops = torch.tensor([2, 0], device=device), sample_crops(2, 32).to(device)
     scale, shift = torch.ones(2, device=device), torch.zeros(2, device=device)
+    window = torch.tensor([[1, 0, 3, 4], [0, 2, 5, 2]], device=device)
     samples = [
-        (images.requires_grad_(), coefficients.requires_grad_(), None, None, None, None, 1.0, torch.float32),
-        (images.detach().to(torch.uint8), coefficients.detach(), None, None, None, None, 1.0, torch.uint8),
-        (images.detach().to(torch.uint8), coefficients[:2].detach().requires_grad_(), index, crops, scale, shift, 1.0,
-         torch.bfloat16),
-        (images.detach().to(torch.uint8), None, index, crops, scale, shift, 1.0, torch.float32),
+        (images.requires_grad_(), coefficients.requires_grad_(), None, None, None, None, None, 1.0, torch.float32),
+        (images.detach().to(torch.uint8), coefficients.detach(), None, None, None, None, None, 1.0, torch.uint8),
+        (images.detach().to(torch.uint8), coefficients[:2].detach().requires_grad_(), index, crops, window, scale,
+         shift, 1.0, torch.bfloat16),
+        (images.detach().to(torch.uint8), None, index, crops, None, scale, shift, 1.0, torch.float32),
     ]
     for sample in samples:
         torch.library.opcheck(torch.ops.minter.warp, sample)
     grad = torch.rand_like(images)
     torch.library.opcheck(torch.ops.minter.warp_backward,
-                          (grad, images.detach(), coefficients.detach(), None, None, None, True, True))
+                          (grad, images.detach(), coefficients.detach(), None, None, None, None, True, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
