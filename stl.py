@@ -40,7 +40,10 @@ from torchvision.transforms import v2
 
 from common import (
     Run,
+    UserError,
     build_encoder,
+    load_checkpoint,
+    load_encoder,
     non_negative,
     note_once,
     positive,
@@ -205,7 +208,7 @@ class Hypernetwork(nn.Module):
 
     def forward(self, codes, y):
         outer = torch.bmm(y[:, :, None], codes[:, None, :]).flatten(1)  # (N, 512 * 128); bmm heeds autocast
-        return F.linear(outer, self.weight.flatten(1)).float()
+        return F.linear(outer, self.weight.flatten(1))
 
     def matrices(self, codes):
         """W(y_t), (N, 512, 512): the literal form."""
@@ -236,7 +239,7 @@ class STL(nn.Module):
 
     def encode_transformation(self, y1, y2):
         """y_t (eq. 5): features of an image before and after, (N, 512) each -> (N, 128)."""
-        return self.transformation_encoder(torch.cat([y1, y2], 1)).float()
+        return self.transformation_encoder(torch.cat([y1, y2], 1))
 
     def forward(self, view1, view2):
         y1, y2 = self.encoder(view1), self.encoder(view2)  # (N, 512)
@@ -263,6 +266,21 @@ class STL(nn.Module):
         return compared
 
 
+def load_stl(path):
+    """The model of a checkpoint, in eval mode on the CPU, and the checkpoint. Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"]
+    if not checkpoint["method"].startswith("stl") or config.get("preset") not in PRESETS:
+        raise UserError(f"'{path}' is a checkpoint of {checkpoint['method']}; one of stl.py is needed here")
+    losses = [name for name in ("inv", "equi", "trans") if config.get(name)]
+    model = STL(load_encoder(checkpoint, path), config["preset"], losses)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:
+        raise UserError(f"the weights in '{path}' do not fit STL with the losses {', '.join(losses)}") from error
+    return model.eval(), checkpoint
+
+
 # ------------------------------------------------------------------------------------------------------------ loss
 
 
@@ -282,9 +300,9 @@ def stl_loss(compared, weights, temperature=0.2):
     metrics = dict(losses)
     with torch.no_grad():
         if "codes" in compared:
-            metrics["code_spread"] = 1 - F.normalize(compared["codes"], dim=1).mean(0).square().sum()
+            metrics["code_spread"] = 1 - F.normalize(compared["codes"].float(), dim=1).mean(0).square().sum()
         if "right_and_wrong" in compared and len(compared["right_and_wrong"][0]):
-            right, wrong = compared["right_and_wrong"]
+            right, wrong = (predicted.float() for predicted in compared["right_and_wrong"])
             power = (right.square() + wrong.square()).sum().clamp(min=1e-12)
             metrics["hypernetwork_variation"] = (right - wrong).square().sum() / power
     return sum(weights[name] * loss for name, loss in losses.items()), metrics

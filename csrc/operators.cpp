@@ -84,6 +84,7 @@ Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, con
   const Type in = type_of(images.scalar_type()), out = type_of(dtype);
   STD_TORCH_CHECK(in == out || (in != Type::float64 && (out == Type::float32 || out == Type::bfloat16)),
                   "minter::warp: the output is to have the type of the images, or float32 or bfloat16");
+  STD_TORCH_CHECK(out != Type::uint8 || (!scale && !shift), "minter::warp: uint8 output takes no scale and no shift");
   Tensor output = torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
   if (images.is_cuda()) {
 #ifdef MINTER_CUDA

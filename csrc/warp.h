@@ -9,6 +9,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #ifdef __CUDACC__
 #define WARP_INLINE __host__ __device__ __forceinline__
@@ -185,6 +187,11 @@ enum class Type { uint8, float32, float64, bfloat16 };
 // (shape of the output; images' type) must be zeroed and may be null, as may those of the coefficients (float64).
 void warp_cpu(const Warp&, Type in, Type out, void* output);
 void warp_backward_cpu(const Warp&, Type in, const void* grad, void* grad_images, double* grad_coefficients);
+// The instructions the CPU kernel was compiled for: the one in use, then all that this processor can run. Setting another
+// is for tests and benchmarks; false where the processor lacks it.
+std::vector<std::string> cpu_targets();
+bool set_cpu_target(const std::string& name);
+
 void warp_cuda(const Warp&, Type in, Type out, void* output, void* stream);
 void warp_backward_cuda(const Warp&, Type in, const void* grad, void* grad_images, double* grad_coefficients,
                         void* stream);

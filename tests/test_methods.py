@@ -7,6 +7,7 @@ import torch
 
 import avt
 import predictive_transform
+import stl
 import vte_ba
 import vte_infonce
 from avt import AVT, avt_loss
@@ -325,13 +326,13 @@ def test_a_collapsed_z_is_no_error():
     assert vte_ba_loss(constant + 1e-3, constant, constant)[1]["explained"].isfinite()
 
 
-@pytest.mark.parametrize("script", [predictive_transform, vte_ba, vte_infonce, avt])
+@pytest.mark.parametrize("script", [predictive_transform, vte_ba, vte_infonce, avt, stl])
 def test_importing_a_script_has_no_side_effects_and_needs_common_alone(script):
     import ast
 
     tree = ast.parse(open(script.__file__).read())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    standard = {"math", "sys", "torch.nn.functional", "torch.utils.checkpoint", "tqdm"}
+    standard = {"math", "sys", "torch.nn.functional", "torch.utils.checkpoint", "torchvision.transforms", "tqdm"}
     assert modules - standard == {"torch", "common"}
     assert script.__doc__ and "python " in script.__doc__ and "eq. " in script.__doc__

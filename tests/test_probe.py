@@ -30,7 +30,7 @@ def short_mlp(monkeypatch):
     monkeypatch.setattr(probe, "MLP_EPOCHS", 3)
 
 
-@pytest.mark.parametrize("classifier", ["mlp", "knn", "logistic"])
+@pytest.mark.parametrize("classifier", ["mlp", "knn", "logistic", "linear"])
 def test_separable_classes_are_told_apart_and_random_features_are_chance(classifier):
     assert max(run(classifier, *planted(5.0, -8.0))) < 0.01
     chance = run(classifier, *planted(0.0, 0.0))
@@ -57,6 +57,59 @@ def test_knn_is_the_majority_of_five():
     assert run("knn", representation, labels, test_labels)[0] == pytest.approx(error, abs=1e-9)
 
 
+def test_linear_is_full_batch_lbfgs_with_the_weight_that_validates_best(monkeypatch):
+    """Against plain minimisation of the stated objective by scipy, at the weight the validation split prefers."""
+    from scipy.optimize import minimize
+
+    representation, labels, test_labels = planted(0.25, -20.0, n=300, features="mu")
+    train, truth = representation.mu["train"].double().numpy(), labels.numpy()
+    test = representation.mu["test"].double().numpy()
+    fit, held_out = probe.split_labels(truth, 0)
+    assert sorted([*fit, *held_out]) == list(range(300)) and np.bincount(truth[held_out]).tolist() == [20, 20, 20]
+
+    def predictor(features, target, weight):
+        def objective(flat):
+            w, b = flat[:24].reshape(3, 8), flat[24:]
+            logits = features @ w.T + b
+            logits -= logits.max(1, keepdims=True)
+            p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            gap = (p - np.eye(3)[target]) / len(target)
+            loss = -np.log(p[np.arange(len(target)), target]).mean() + weight / 2 * (w**2).sum()
+            return loss, np.concatenate([(gap.T @ features + weight * w).ravel(), gap.sum(0)])
+
+        best = minimize(objective, np.zeros(27), jac=True, method="L-BFGS-B", options={"maxiter": 2000, "gtol": 1e-9}).x
+        return lambda values: (values @ best[:24].reshape(3, 8).T + best[24:]).argmax(1)
+
+    weights = [100.0, 1e-2, 1e-6]
+    monkeypatch.setattr(probe, "LINEAR_WEIGHTS", weights)
+    wrong = [np.mean(predictor(train[fit], truth[fit], w)(train[held_out]) != truth[held_out]) for w in weights]
+    chosen = weights[int(np.argmin(wrong))]
+    expected = np.mean(predictor(train, truth, chosen)(test) != test_labels.numpy())
+    assert run("linear", representation, labels, test_labels)[0] == pytest.approx(expected, abs=0.011)
+    assert expected < 0.6 and len(set(wrong)) > 1
+
+
+def test_a_strong_weight_is_chosen_where_features_are_noise():
+    """40 labels, 200 useless dimensions and a weak one: without the L2 weight the classifier overfits."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2000) % 2
+    features = torch.randn(2000, 200, generator=generator)
+    features[:, 0] = 3 * (2 * labels - 1) + torch.randn(2000, generator=generator)
+    representation = Representation("a.ckpt", "planted", "mu", (features[:400], None), (features[400:], None))
+    index = torch.arange(80)
+    chosen = errors_of("linear", representation, index, labels[:400], labels[400:], 1, 0, torch.device("cpu"),
+                       torch.float32)[0]
+    logistic = errors_of("logistic", representation, index, labels[:400], labels[400:], 1, 0, torch.device("cpu"),
+                         torch.float32)[0]
+    assert chosen < min(0.1, logistic)
+
+
+def test_the_error_by_classes_weighs_each_class_alike():
+    labels = np.array([0] * 90 + [1] * 10)
+    assert probe.error_rate(np.zeros(100, dtype=int), labels, per_class=False) == pytest.approx(0.1)
+    assert probe.error_rate(np.zeros(100, dtype=int), labels, per_class=True) == pytest.approx(0.5)
+
+
 def test_balanced_subsets():
     order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[order]
@@ -80,8 +133,8 @@ def test_sizes_that_the_data_cannot_give_are_left_out_with_a_note():
 
 def test_random_encoder_is_calibrated_on_the_images():
     images = torch.randint(0, 256, (300, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    config = {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
-    arguments = ("nin", images, config, 0, torch.device("cpu"), torch.float32)
+    config = {"encoder": "nin", "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    arguments = (images, config, 0, torch.device("cpu"), torch.float32)
     encoder = probe.random_encoder(*arguments)
     assert not encoder.training
     weights = dict(encoder.named_parameters())

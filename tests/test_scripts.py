@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_common import make_folder, write_checkpoint
 
+import stl
 import vte_infonce
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +116,68 @@ def test_every_other_method_trains_and_is_probed_in_one_table(trained):
     assert all(log(name)["z_std"] > 0 for name, _, _ in ROWS) and "squared_error" in log("avt")
 
 
+@pytest.fixture(scope="module")
+def stl_trained(tmp_path_factory):
+    """STL with its own encoder, an odd last batch, and SimCLR; one epoch each on few digits."""
+    folder = tmp_path_factory.mktemp("stl")
+    few = ["--dataset", "digits", "--limit", 131, "--epochs", 1, "--batch-size", 64, "--image-size", 16]
+    results = {
+        "stl": run("stl.py", *few, "--output", "stl.ckpt", cwd=folder),
+        "simclr": run("stl.py", *few, "--encoder", "nin", "--equi", 0, "--trans", 0, "--preset", "paper", "--augmix",
+                      "--output", "simclr.ckpt", cwd=folder),
+        "probe": run("probe.py", "stl.ckpt", "simclr.ckpt", "--train-sizes", 60, "--classifiers", "knn", "linear",
+                     "--json", "rows.json", cwd=folder),
+    }
+    return folder, results
+
+
+def test_stl_trains_and_is_probed_like_any_other(stl_trained):
+    folder, results = stl_trained
+    (row,) = [json.loads(line) for line in (folder / "stl.jsonl").read_text().splitlines()]
+    assert row["loss"] == pytest.approx(row["inv"] + row["equi"] + 0.1 * row["trans"], rel=1e-3)
+    assert 0 < row["code_spread"] < 1 and 0 < row["hypernetwork_variation"] < 1.5
+    (row,) = [json.loads(line) for line in (folder / "simclr.jsonl").read_text().splitlines()]
+    assert row["loss"] == pytest.approx(row["inv"], rel=1e-5) and "equi" not in row and "code_spread" not in row
+    rows = json.loads((folder / "rows.json").read_text())
+    found = [(r["checkpoint"], r["method"], r["features"]) for r in rows if r["classifier"] == "linear"]
+    rest = ["random encoder (resnet18)", "random encoder (nin)", "raw pixels"]
+    trained = [("stl.ckpt", "stl", None), ("simclr.ckpt", "stl_inv", None)]  # no row with anything sampled
+    assert found == [*trained, *[(None, name, None) for name in rest]]
+    assert all(row["passes"] == 1 and row["error_std"] == 0 for row in rows)
+    assert all(row["error_mean"] < 0.6 for row in rows if row["checkpoint"] is None)
+    assert "L2 weight of 45 from 1e-06 to 100000 chosen on 20% of the labels, refit on all" in results["probe"].stdout
+
+
+def test_stl_checkpoints_hold_the_map_that_equivariance_is_measured_with(stl_trained):
+    folder, _ = stl_trained
+    checkpoint = torch.load(folder / "stl.ckpt", weights_only=True)
+    assert checkpoint["model"]["hypernetwork.weight"].shape == (512, 512, 128)
+    assert checkpoint["model"]["transformation_encoder.0.weight"].shape == (128, 1024)
+    model, _ = stl.load_stl(folder / "stl.ckpt")
+    views = torch.randn(2, 4, 3, 16, 16)
+    with torch.no_grad():
+        y1, y2 = model.encoder(views[0]), model.encoder(views[1])
+        predicted = model.hypernetwork(model.encode_transformation(y1, y2), y1)
+    assert predicted.shape == (4, 512) and predicted.isfinite().all()
+    simclr, _ = stl.load_stl(folder / "simclr.ckpt")
+    assert simclr.hypernetwork is None and simclr.encoder(views[0]).shape == (4, 512)
+
+
+def test_pictures_of_stl(stl_trained):
+    folder, _ = stl_trained
+    run("results/figures.py", "codes", "stl.ckpt", "--pairs", 20, "--output", "codes.png", cwd=folder)
+    run("results/figures.py", "curves", "stl.jsonl", "simclr.jsonl", "--output", "curves.png", cwd=folder)
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("codes.png", "curves.png"))
+    refused("results/figures.py", "codes", "simclr.ckpt", cwd=folder, code=1, says="no transformation codes")
+
+
+def test_wrong_commands_of_stl(trained, tmp_path):
+    refused("stl.py", "--equi", 0, "--inv", 0, "--trans", 0, cwd=tmp_path, code=2, says="nothing is left to minimise")
+    refused("stl.py", "--equi", "-1", cwd=tmp_path, code=2, says="not a number of 0 or more")
+    refused("stl.py", "--preset", "mine", cwd=tmp_path, code=2, says="mine")
+    refused("results/figures.py", "codes", trained[0] / "pt.ckpt", cwd=tmp_path, code=1, says="one of stl.py is needed")
+
+
 def test_a_bound_at_its_ceiling_is_said_once(tmp_path, monkeypatch, capsys):
     """With scores that tell every pair apart, all three epochs reach log 4; half as sure, none does."""
     make_folder(tmp_path / "pets", n=4)
@@ -193,7 +256,10 @@ def test_a_folder_of_ones_own_alexnet_and_a_copied_script_without_the_extension(
     assert "all 20 training images are used instead" in result
 
 
-@pytest.mark.parametrize("script", ["predictive_transform.py", "vte_ba.py", "vte_infonce.py", "avt.py", "probe.py"])
+SCRIPTS = ["predictive_transform", "vte_ba", "vte_infonce", "avt", "stl", "probe"]
+
+
+@pytest.mark.parametrize("script", [f"{name}.py" for name in SCRIPTS])
 def test_help_has_an_example_and_every_flag_an_explanation(script, tmp_path):
     text = run(script, "--help", cwd=tmp_path).stdout
     assert "example:\n  python " + script in text
@@ -204,7 +270,7 @@ def test_help_has_an_example_and_every_flag_an_explanation(script, tmp_path):
     assert all(flag in text for flag in shared)
 
 
-@pytest.mark.parametrize("script", ["predictive_transform", "vte_ba", "vte_infonce", "avt", "probe"])
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("flags, says", [
     (["--epochs", "0"], "not a number above 0"), (["--epochs", "ten"], "--epochs"),
     (["--lr", "-1"], "not a number above 0"), (["--lr", "nan"], "not a number above 0"),

@@ -1,4 +1,5 @@
-"""STL: augmentations against torchvision's, image by image; losses and hypernetwork against literal forms; alignment."""
+"""STL: augmentations against torchvision's, image by image; losses and hypernetwork against literal forms; alignment;
+what the codes learn."""
 
 import math
 
@@ -8,12 +9,13 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from scipy.stats import ks_2samp
+from sklearn.linear_model import RidgeCV
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import stl
-from common import NIN, ResNet18, load_images
-
-CHANNELS = torch.ones(3), torch.zeros(3)  # normalisation that leaves [0, 1] as it is
+from common import ResNet18, load_images
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def levels_apart(a, b):
     return (a - b).abs().max().item() * 255
 
 
-# -------------------------------------------------------------------------------------- one image at a time, torchvision
+# ------------------------------------------------------------------------------------ one image at a time, torchvision
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -205,3 +207,291 @@ def test_augmix_mixes_a_pair_alike_and_is_torchvisions(images):
     ours = stl.augmix(twice[:1], 2)
     torch.manual_seed(1)
     assert torch.equal(ours, v2.AugMix()(single).float() / 255)
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def literal_nt_xent(a, b, temperature=0.2):
+    """Each row in turn, in float64: -log of its positive's share among all rows but itself."""
+    z = np.concatenate([np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)])
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    n, total = len(a), 0.0
+    for i in range(2 * n):
+        similarity = [math.exp(z[i] @ z[k] / temperature) for k in range(2 * n)]
+        positive = similarity[i + n if i < n else i - n]
+        total -= math.log(positive / (sum(similarity) - similarity[i]))
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_nt_xent_is_its_definition(n):
+    a, b = torch.randn(2, n, 5, generator=torch.Generator().manual_seed(0))
+    assert stl.nt_xent(a, b).item() == pytest.approx(literal_nt_xent(a, b), abs=1e-5)
+    assert stl.nt_xent(3 * a, b / 7, 0.5).item() == pytest.approx(literal_nt_xent(a, b, 0.5), abs=1e-5)
+
+
+def test_the_positive_is_right_in_both_directions():
+    """Rows that only match as they should give nearly 0; any other order of either side does not."""
+    a = torch.eye(6)
+    assert stl.nt_xent(a, a, 0.01).item() < 1e-6
+    for shift in range(1, 6):
+        assert stl.nt_xent(a, a.roll(shift, 0), 0.01).item() > 90
+    b = a.clone().requires_grad_()
+    rows = torch.autograd.grad(stl.nt_xent(a.roll(1, 0), b), b)[0]
+    assert (rows.abs().sum(1) > 0).all()
+
+
+class Flat(nn.Module):
+    """The smallest encoder: images (N, 3, S, S) -> (N, features)."""
+
+    def __init__(self, size, features):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, features), nn.Tanh())
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def small_model(losses=("inv", "equi", "trans"), preset="code", features=12, seed=0):
+    torch.manual_seed(seed)
+    return stl.STL(Flat(4, features), preset, losses, features).eval()  # images do not see each other in eval mode
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 9])
+@pytest.mark.parametrize("preset", ["code", "paper"])
+def test_all_three_losses_are_equations_5_7_and_9_written_out(n, preset):
+    model = small_model(preset=preset)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # farther from ties
+    view1, view2 = torch.randn(2, n, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    losses = stl.stl_loss(model(view1, view2), {"inv": 1.0, "equi": 1.0, "trans": 0.1})
+    with torch.no_grad():
+        y1, y2 = [model.encoder(x[None])[0] for x in view1], [model.encoder(x[None])[0] for x in view2]
+
+        def code(before, after):  # eq. 5
+            return model.transformation_encoder(torch.cat([before, after])[None])[0]
+
+        def moved(y, t):  # W(t) y with the matrix written out
+            matrix = sum(t[k] * model.hypernetwork.weight[:, :, k] for k in range(len(t)))
+            return matrix @ y
+
+        def rows(projector, values):
+            return torch.stack([projector(value[None])[0] for value in values])
+
+        inv = literal_nt_xent(rows(model.inv_projector, y1), rows(model.inv_projector, y2))
+        paired = [(i, i + 1 - 2 * (i % 2)) for i in range(n - n % 2)]  # x and its x'
+        predictions = ([moved(y2[i], code(y2[j], y1[j])) for i, j in paired]
+                       + [moved(y1[i], code(y1[j], y2[j])) for i, j in paired])  # eq. 7
+        targets = [y1[i] for i, _ in paired] + [y2[i] for i, _ in paired]
+        equi = literal_nt_xent(rows(model.equi_projector, targets), rows(model.equi_projector, predictions))
+        codes = [[code(y1[i], y2[i]) for i in which] + [code(y2[i], y1[i]) for i in which]
+                 for which in (range(0, n - n % 2, 2), range(1, n, 2))]
+        trans = literal_nt_xent(*(rows(model.trans_projector, side) for side in codes))  # eq. 9
+    total, metrics = losses
+    assert metrics["inv"].item() == pytest.approx(inv, abs=1e-4)
+    assert metrics["equi"].item() == pytest.approx(equi, abs=1e-4)
+    assert metrics["trans"].item() == pytest.approx(trans, abs=1e-4)
+    assert total.item() == pytest.approx(inv + equi + 0.1 * trans, abs=1e-4)
+
+
+def test_the_code_that_predicts_an_image_comes_from_the_other_image_of_its_pair():
+    model = small_model(losses=("equi",))
+    view1, view2 = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    before = model(view1, view2)["equi"][1]
+
+    def predictions_that_change(which, view):
+        views = [view1.clone(), view2.clone()]
+        views[view][which] += 1
+        changed = (model(*views)["equi"][1] != before).any(1)
+        return sorted(changed.nonzero()[:, 0].tolist())
+
+    # Rows 0 to 5 predict view 1 from view 2, rows 6 to 11 view 2 from view 1. Image 2 changes what it is predicted from
+    # and, through the code, both predictions of image 3; never those of its target view by itself.
+    assert predictions_that_change(2, view=1) == [2, 3, 9]
+    assert predictions_that_change(2, view=0) == [3, 8, 9]
+
+
+def test_a_loss_that_is_switched_off_is_not_built_and_the_rest_stays_the_same():
+    torch.manual_seed(0)
+    only = stl.STL(Flat(4, 12), losses=("inv",), features=12)
+    assert {name.split(".")[0] for name, _ in only.named_parameters()} == {"encoder", "inv_projector"}
+    codes_only = stl.STL(Flat(4, 12), losses=("inv", "trans"), features=12)
+    assert codes_only.hypernetwork is None and codes_only.transformation_encoder is not None
+    full = small_model()
+    views = torch.randn(2, 6, 3, 4, 4)
+    compared = full(*views)
+    alone, _ = stl.stl_loss(compared, {"inv": 1.0})
+    literal = literal_nt_xent(*(part.detach() for part in compared["inv"]))
+    assert alone.item() == pytest.approx(literal, abs=1e-5)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = small_model().train()
+    loss, _ = stl.stl_loss(model(*torch.randn(2, 8, 3, 4, 4)), {"inv": 1.0, "equi": 1.0, "trans": 0.1})
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+# ------------------------------------------------------------------------------------------------------- hypernetwork
+
+
+def test_hypernetwork_equals_the_generated_matrices_in_value_and_gradient():
+    torch.manual_seed(0)
+    hypernetwork = stl.Hypernetwork()
+    codes, y = torch.randn(6, 128, requires_grad=True), torch.randn(6, 512, requires_grad=True)
+    gradient = torch.randn(6, 512) / 512
+    ours = hypernetwork(codes, y)
+    literal = torch.einsum("noi,ni->no", hypernetwork.matrices(codes), y)
+    assert torch.allclose(ours, literal, rtol=1e-4, atol=1e-4)
+    leaves = [codes, y, hypernetwork.weight]
+    for a, b in zip(torch.autograd.grad(ours, leaves, gradient), torch.autograd.grad(literal, leaves, gradient),
+                    strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    one = hypernetwork.matrices(codes)[0]
+    assert torch.allclose(one, sum(codes[0, k] * hypernetwork.weight[:, :, k] for k in range(128)), atol=1e-4)
+
+
+def test_hypernetwork_never_makes_a_matrix_for_each_image():
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(part.numel() for part in (result if isinstance(result, (tuple, list)) else [result])
+                         if isinstance(part, torch.Tensor))
+            return result
+
+    hypernetwork = stl.Hypernetwork(features=32, code=4)
+    codes, y = torch.randn(256, 4, requires_grad=True), torch.randn(256, 32, requires_grad=True)
+    with Watch():
+        hypernetwork(codes, y).sum().backward()
+    assert max(sizes) <= 256 * 32 * 4 < 256 * 32 * 32  # the outer products, not the matrices
+
+
+def test_sizes_are_the_papers():
+    model = stl.STL(ResNet18(image_size=96))
+    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    assert sum(millions.values()) == pytest.approx(45.57, abs=0.01)
+    assert millions["hypernetwork"] == pytest.approx(33.55, abs=0.01)
+    paper = stl.STL(Flat(4, 512), preset="paper").transformation_encoder
+    linear = [(layer.in_features, layer.out_features, layer.bias) for layer in paper if isinstance(layer, nn.Linear)]
+    assert linear == [(1024, 512, None), (512, 512, None), (512, 128, None)]
+    assert stl.PRESETS["paper"]["trans"] == 0.2 and stl.PRESETS["code"]["trans"] == 0.1
+    bound = model.hypernetwork.weight.abs().max().item()
+    assert bound == pytest.approx(nn.Linear(128, 4096, bias=False).weight.abs().max().item(), rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------ what to watch
+
+
+def metrics_with(codes=None, right=None, wrong=None):
+    compared = {"inv": tuple(torch.randn(2, 8, 4))}
+    compared |= {"codes": codes} if codes is not None else {}
+    compared |= {"right_and_wrong": (right, wrong)} if right is not None else {}
+    return stl.stl_loss(compared, {"inv": 1.0})[1]
+
+
+def test_spread_and_variation_are_0_and_1_where_they_should_be():
+    constant = torch.randn(1, 128).expand(64, -1)
+    assert metrics_with(codes=constant)["code_spread"].item() == pytest.approx(0, abs=1e-5)
+    opposite = torch.cat([constant, -3 * constant])
+    assert metrics_with(codes=opposite)["code_spread"].item() == pytest.approx(1, abs=1e-5)
+    y = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(16, 512, generator=torch.Generator().manual_seed(1))
+    assert metrics_with(right=y, wrong=y)["hypernetwork_variation"].item() == 0
+    assert metrics_with(right=y, wrong=other)["hypernetwork_variation"].item() == pytest.approx(1, abs=0.05)
+    model = small_model()
+    with torch.no_grad():
+        model.hypernetwork.weight[:, :, 1:] = 0  # W scales with one number of the code
+        model.transformation_encoder[-1].weight.fill_(0.1)
+    variation = stl.stl_loss(model(*torch.randn(2, 16, 3, 4, 4)), {"equi": 1.0})[1]["hypernetwork_variation"]
+    ignoring = small_model()
+    ignoring.hypernetwork.forward = lambda codes, y: y
+    assert variation > 0
+    assert stl.stl_loss(ignoring(*torch.randn(2, 16, 3, 4, 4)), {"equi": 1.0})[1]["hypernetwork_variation"] == 0
+
+
+@pytest.mark.parametrize("means, epoch, says", [
+    ({"code_spread": 0.01}, 5, "collapsed"), ({"hypernetwork_variation": 0.001}, 5, "ignores the transformation"),
+    ({"trans": 0.01}, 2, "near zero this early"), ({"trans": 0.01}, 9, None),
+    ({"code_spread": 0.5, "hypernetwork_variation": 0.4, "trans": 1.0}, 1, None), ({"inv": 0.01}, 1, None),
+])
+def test_failures_are_named_when_they_happen(means, epoch, says, capsys, monkeypatch):
+    monkeypatch.setattr("common.noted", set())
+
+    class Run:
+        def means(self):
+            return means
+
+    stl.watch(Run(), epoch, 20)
+    stl.watch(Run(), epoch, 20)
+    message = capsys.readouterr().err
+    assert message.count("note: ") == (says is not None) and (says or "") in message
+
+
+# ------------------------------------------------------------------------------------------------------- what is learnt
+
+
+class Small(nn.Module):
+    """A small convolutional encoder: (N, 3, 32, 32) -> (N, 64)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 5, 2, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32),
+            nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Linear(256, 64))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def views_of(images, n, generator, together=2):
+    index = torch.randint(0, len(images), (n,), generator=generator)
+    shared = [stl.align(stl.sample_transformations(n // 2, 32, generator), n) for _ in range(2)]
+    if together == 1:
+        shared = [stl.sample_transformations(n, 32, generator) for _ in range(2)]
+    own = [stl.sample_flips_and_blurs(n, generator) for _ in range(2)]
+    normalize = torch.full((3,), 1 / 0.3), torch.full((3,), -0.5 / 0.3)
+    return [stl.transform(images, index, *of_view, normalize) for of_view in zip(shared, own, strict=True)], shared
+
+
+def code_scores(model, images, others):
+    """R^2 on held-out images of a ridge regression from the code to what differs between the two views."""
+    model.eval()
+    sets = []
+    for split, seed in ((images, 10), (others, 11)):
+        views, (one, two) = views_of(split, 600, torch.Generator().manual_seed(seed), together=1)
+        with torch.no_grad():
+            codes = model.encode_transformation(*(model.encoder(view) for view in views))
+        size = (two["box"][:, 2].log() - one["box"][:, 2].log())
+        sets.append((codes.numpy(), torch.stack([two["factors"][:, 0] - one["factors"][:, 0], size], 1).numpy()))
+    (train, targets), (test, truth) = sets
+    predicted = RidgeCV(np.logspace(-3, 3, 7)).fit(train, targets).predict(test)
+    model.train()
+    return 1 - ((predicted - truth) ** 2).sum(0) / ((truth - targets.mean(0)) ** 2).sum(0)
+
+
+def test_codes_come_to_tell_the_transformation_of_images_never_seen():
+    images, others = (load_images("digits", split, image_size=32)[0] for split in ("train", "test"))
+    torch.manual_seed(0)
+    model, generator = stl.STL(Small(), features=64), torch.Generator().manual_seed(0)
+    untrained = code_scores(model, images, others)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
+    first = last = None
+    for _ in range(150):
+        views, _ = views_of(images, 128, generator)
+        loss, metrics = stl.stl_loss(model(*views), {"inv": 1.0, "equi": 1.0, "trans": 0.1})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        last = {name: value.item() for name, value in metrics.items()}
+        first = first or last
+    trained = code_scores(model, images, others)
+    assert (trained > 0.3).all() and (trained > untrained + 0.05).all(), (untrained, trained)  # chance: 0
+    for name in ("inv", "equi", "trans"):
+        assert last[name] < 0.85 * first[name], (name, first, last)
+    assert last["code_spread"] > 0.1 and last["hypernetwork_variation"] > 0.05
