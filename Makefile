@@ -1,5 +1,7 @@
 # make demo    all methods trained and probed on scikit-learn's digits, offline
 # make test    the tests
+# make bench   the warp against what else there is, on the CPU; installs those libraries too
+# make bench-gpu  on a GPU: tests, sanitizer, resources of the kernels, benchmark
 # make lint    ruff
 # make setup   .venv with all that is needed and the compiled warp; done once
 # make clean   removes what the others made
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test bench bench-gpu lint setup clean
 
 setup: $(VENV)/.built
 
@@ -30,6 +32,20 @@ $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(PIP) --quiet kornia opencv-python-headless
+	$(BIN)/python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
+
+# Where all packages are there already and none can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python
+GPU ?= h200
+bench-gpu: setup
+	$(BIN)/python -m pytest tests/test_warp.py
+	for tool in memcheck racecheck initcheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python benchmarks/warp.py --device cuda --check || exit 1; \
+	done
+	$(BIN)/python benchmarks/resources.py --output results/warp-cuda-resources.json
+	$(BIN)/python benchmarks/warp.py --device cuda --output results/warp-$(GPU).json --plot results/warp-$(GPU).png
 
 lint: setup
 	$(BIN)/python -m ruff check .

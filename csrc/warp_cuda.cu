@@ -1,8 +1,18 @@
-// The warp on CUDA: one launch, one thread for each output pixel and all its channels, stores coalesced along a row.
+// The warp on CUDA: one launch, one block for each image (several for a large one), no synchronisation with the host.
+//
+// A block copies its source image into shared memory once, in words of four bytes where the layout allows, with its crop
+// and flip applied and its border repeated around it, three uint8 channels packed into one word a pixel. Sampling is then
+// four shared loads for a pixel and one coalesced store a channel. Images too large for that are read where they lie.
+//
+// Source points are computed in float32, relative to the image's centre (GPUs for games have next to no float64). Whether
+// a point is inside is still decided exactly as on the CPU: points too close to the border for float32 to tell, and all
+// points of a map whose horizon comes near the image, are computed once more in float64.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include <cuda_runtime.h>
@@ -26,6 +36,7 @@ __device__ __forceinline__ Out convert(Real value) {
   }
 }
 
+// float64 images: everything in float64, one thread for each pixel of all images.
 template <typename Real, typename In, typename Out>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Warp w, Out* __restrict__ output) {
   const int64_t pixels = w.height * w.width, total = w.batch * pixels;
@@ -49,6 +60,303 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Warp w, Out* __
     }
   }
 }
+
+// ----------------------------------------------------------------------------------- uint8 and float32, a block an image
+
+constexpr int kColumns = 32, kRows = kThreads / kColumns;  // a block's threads, over the pixels of an image
+constexpr size_t kMaxShared = 48 << 10;                    // what every device grants without being asked
+
+// A map about the centres of image and window: u - centre = (au x + bu y + cu) / (g x + h y + w), v likewise, with x and
+// y counted from the centre of the output. Computed once for an image, in float64.
+struct CentredMap {
+  float au, bu, cu, av, bv, cv, g, h, w;
+  float half_u, half_v;    // of the window: inside is -half <= u - centre < half
+  float doubt_u, doubt_v;  // float32 cannot tell what is this close to the border
+  bool exact;              // float32 can tell nothing: the denominator comes close to 0, or is not a number
+};
+
+WARP_INLINE CentredMap centre(const Coefficients& k, const View& view, int64_t height, int64_t width) {
+  const double x = 0.5 * width, y = 0.5 * height;
+  const double half_u = 0.5 * (view.end - view.left), half_v = 0.5 * (view.bottom - view.top);
+  const double u = view.left + half_u, v = view.top + half_v;
+  const double w = k.g * x + k.h * y + 1;
+  const double au = k.a - u * k.g, bu = k.b - u * k.h, cu = k.a * x + k.b * y + k.c - u * w;
+  const double av = k.d - v * k.g, bv = k.e - v * k.h, cv = k.d * x + k.e * y + k.f - v * w;
+  const double spread = fabs(k.g) * x + fabs(k.h) * y, least = w - spread, most = w + spread;
+  // Each product and sum is rounded by 2^-24 of what it adds up, the quotient likewise: some five times; 2^-21 is eight.
+  const double unit = 1.0 / (1 << 21);
+  const double doubt_u = unit * ((fabs(au) * x + fabs(bu) * y + fabs(cu) + half_u * most) / least + half_u);
+  const double doubt_v = unit * ((fabs(av) * x + fabs(bv) * y + fabs(cv) + half_v * most) / least + half_v);
+  const bool sound = least > 1e-3 && most < 1e3 && doubt_u < 1 && doubt_v < 1;
+  const auto f = [](double value) { return static_cast<float>(value); };
+  return {f(au), f(bu), f(cu), f(av), f(bv), f(cv), f(k.g), f(k.h), f(w),
+          f(half_u), f(half_v), f(doubt_u), f(doubt_v), !sound};
+}
+
+// Where a pixel is read: u, v from the centre of the window; false if outside.
+WARP_INLINE bool locate(const CentredMap& m, const Warp& w, int64_t n, int row, int column, float& u, float& v) {
+  const float x = static_cast<float>(column) + 0.5f - 0.5f * static_cast<int>(w.width);
+  const float y = static_cast<float>(row) + 0.5f - 0.5f * static_cast<int>(w.height);
+  const float inverse = 1.0f / fmaf(m.g, x, fmaf(m.h, y, m.w));
+  u = fmaf(m.au, x, fmaf(m.bu, y, m.cu)) * inverse;
+  v = fmaf(m.av, x, fmaf(m.bv, y, m.cv)) * inverse;
+  const float past_u = fabsf(u) - m.half_u, past_v = fabsf(v) - m.half_v;
+  if (!m.exact && fabsf(past_u) > m.doubt_u && fabsf(past_v) > m.doubt_v) return past_u < 0 && past_v < 0;
+  const View view = load_view(w, n);  // once more, in float64: few pixels come here
+  const Point point = source_point(load_coefficients(w, n), row, column);
+  if (!inside(view, point)) return false;
+  u = static_cast<float>(point.u - 0.5 * (view.left + view.end));
+  v = static_cast<float>(point.v - 0.5 * (view.top + view.bottom));
+  return true;
+}
+
+// The layout of an image in shared memory: the view's window, in the direction the source has, a border around it.
+struct Tile {
+  int rows, columns, pitch, plane;  // pitch: odd, so that a column of pixels lies in different banks
+  int origin, down;                 // source column of tile column 0, source row of tile row 0
+};
+
+WARP_INLINE Tile make_tile(const Warp& w, const View& view) {
+  const int width = static_cast<int>(w.width), pitch = (width + 2) | 1;
+  return {static_cast<int>(view.bottom - view.top), static_cast<int>(view.end - view.left), pitch,
+          (static_cast<int>(w.height) + 2) * pitch,
+          static_cast<int>(view.right + (view.flip ? w.width - view.end : view.left)),
+          static_cast<int>(view.top + view.down)};
+}
+
+template <typename In>
+constexpr int kPacked = std::is_same_v<In, uint8_t> ? 3 : 1;  // channels in a word
+
+template <typename In>
+int planes_of(const Warp& w) { return static_cast<int>((w.channels + kPacked<In> - 1) / kPacked<In>); }
+
+WARP_INLINE uint32_t bits_of(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+WARP_INLINE float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+// The word of one pixel: up to three uint8 channels, or one float.
+template <typename In>
+WARP_INLINE uint32_t load_word(const Warp& w, const In* pixel, int plane) {
+  if constexpr (std::is_same_v<In, float>) {
+    return bits_of(pixel[plane * w.stride_c]);
+  } else {
+    uint32_t word = 0;
+    for (int i = 0; i < 3; ++i) {
+      if (plane * 3 + i < w.channels) word |= static_cast<uint32_t>(pixel[(plane * 3 + i) * w.stride_c]) << (8 * i);
+    }
+    return word;
+  }
+}
+
+// The steps of a block, each done by all its threads before the next begins.
+WARP_INLINE void blacken(const Warp& w, const Tile& t, int planes, uint32_t* tile, int thread) {
+  const bool reaches_beyond = t.origin < 0 || t.origin + t.columns > w.width || t.down < 0 || t.down + t.rows > w.height;
+  for (int i = thread; reaches_beyond && i < planes * t.plane; i += kThreads) tile[i] = 0;
+}
+
+template <typename In>
+WARP_INLINE void copy_in(const Warp& w, const View& view, const Tile& t, int planes, bool by_fours, uint32_t* tile,
+                         int thread) {
+  const In* image = static_cast<const In*>(w.images) + view.image * w.stride_n;
+  const int width = static_cast<int>(w.width), height = static_cast<int>(w.height);
+  if (by_fours) {  // four neighbouring uint8 pixels of a channel in one load
+    const int fours = width / 4;
+    for (int i = thread; i < t.rows * fours; i += kThreads) {
+      const int row = i / fours, x = 4 * (i - row * fours), y = row + t.down;
+      if (y < 0 || y >= height) continue;
+      const In* pixels = image + y * w.stride_h + x;
+      for (int p = 0; p < planes; ++p) {
+        uint32_t channel[3] = {0, 0, 0};
+        for (int c = 0; c < 3; ++c) {
+          if (p * 3 + c < w.channels) {
+            channel[c] = *reinterpret_cast<const uint32_t*>(pixels + (p * 3 + c) * w.stride_c);
+          }
+        }
+        for (int j = 0; j < 4; ++j) {
+          const int column = x + j - t.origin;
+          if (column < 0 || column >= t.columns) continue;
+          tile[p * t.plane + (row + 1) * t.pitch + column + 1] = (channel[0] >> (8 * j) & 255u) |
+                                                                 (channel[1] >> (8 * j) & 255u) << 8 |
+                                                                 (channel[2] >> (8 * j) & 255u) << 16;
+        }
+      }
+    }
+  } else {
+    for (int row = thread / kColumns; row < t.rows; row += kRows) {
+      const int y = row + t.down;
+      for (int column = thread % kColumns; y >= 0 && y < height && column < t.columns; column += kColumns) {
+        const int x = column + t.origin;
+        if (x < 0 || x >= width) continue;
+        const In* pixel = image + y * w.stride_h + x * w.stride_w;
+        for (int p = 0; p < planes; ++p) {
+          tile[p * t.plane + (row + 1) * t.pitch + column + 1] = load_word(w, pixel, p);
+        }
+      }
+    }
+  }
+}
+
+WARP_INLINE void repeat_border(const Tile& t, int planes, uint32_t* tile, int thread) {
+  const int around = 2 * (t.columns + 2) + 2 * t.rows;
+  for (int i = thread; i < around; i += kThreads) {
+    int row, column;
+    if (i < 2 * (t.columns + 2)) {
+      row = i < t.columns + 2 ? 0 : t.rows + 1;
+      column = i < t.columns + 2 ? i : i - t.columns - 2;
+    } else {
+      row = (i - 2 * (t.columns + 2)) / 2 + 1;
+      column = i % 2 ? t.columns + 1 : 0;
+    }
+    const int from_row = row < 1 ? 1 : row > t.rows ? t.rows : row;
+    const int from_column = column < 1 ? 1 : column > t.columns ? t.columns : column;
+    for (int p = 0; p < planes; ++p) {
+      tile[p * t.plane + row * t.pitch + column] = tile[p * t.plane + from_row * t.pitch + from_column];
+    }
+  }
+}
+
+// One channel of a word as a float. uint8: its bits are put into the last places of 2^23, which is then taken away.
+template <typename In>
+WARP_INLINE float channel_of(uint32_t word, int i) {
+  if constexpr (std::is_same_v<In, float>) {
+    return float_of(word);
+  } else {
+#ifdef __CUDA_ARCH__
+    return float_of(__byte_perm(word, 0x4b000000u, 0x7440u + i)) - 8388608.0f;
+#else
+    return static_cast<float>(word >> (8 * i) & 255u);
+#endif
+  }
+}
+
+template <typename Out>
+WARP_INLINE void store(Out* output, float value, float scale, float shift) {
+  if constexpr (std::is_same_v<Out, uint8_t>) {
+    const float low = value > 0.0f ? value : 0.0f;  // NaN: 0
+    *output = static_cast<uint8_t>(bits_of((low < 255.0f ? low : 255.0f) + 8388608.0f));
+  } else {
+    *output = static_cast<Out>(value * scale + shift);
+  }
+}
+
+WARP_INLINE float scale_of(const Warp& w, int channel) { return w.scale ? w.scale[channel] : 1.0f; }
+WARP_INLINE float shift_of(const Warp& w, int channel) { return w.shift ? w.shift[channel] : 0.0f; }
+
+// The pixels of output rows [first_row, past_row) of one image, from the tile or from the image itself. kChannels: their
+// number, with what normalises them in registers; 0: any.
+template <typename In, typename Out, bool kStaged, int kChannels>
+WARP_INLINE void sample(const Warp& w, const View& view, int64_t n, const CentredMap& m, const Tile& t,
+                        const uint32_t* tile, int first_row, int past_row, int thread, Out* output) {
+  const int width = static_cast<int>(w.width), height = static_cast<int>(w.height);
+  const int channels = kChannels > 0 ? kChannels : static_cast<int>(w.channels);
+  const int64_t pixels = w.height * w.width;
+  float scales[kChannels > 0 ? kChannels : 1], shifts[kChannels > 0 ? kChannels : 1];
+  for (int c = 0; c < kChannels; ++c) scales[c] = scale_of(w, c), shifts[c] = shift_of(w, c);
+  const float fill = static_cast<float>(w.fill);
+  const float to_row = m.half_v + 0.5f, to_column = m.half_u + 0.5f;  // rows and columns of the tile, border included
+  for (int row = first_row + thread / kColumns; row < past_row; row += kRows) {
+    for (int column = thread % kColumns; column < width; column += kColumns) {
+      float u, v;
+      const bool is_inside = locate(m, w, n, row, column, u, v);
+      u = is_inside ? u + to_column : 1.0f, v = is_inside ? v + to_row : 1.0f;  // at least 1/2
+      int left = static_cast<int>(u), top = static_cast<int>(v);
+      left = left > t.columns ? t.columns : left, top = top > t.rows ? t.rows : top;  // had it been rounded up
+      float fx = u - left;
+      const float fy = v - top;
+      if (view.flip) left = t.columns - left, fx = 1 - fx;  // the tile is mirrored
+      int64_t at[4];
+      if constexpr (!kStaged) {
+        const int rows[2] = {top < 1 ? 0 : top - 1, top >= t.rows ? t.rows - 1 : top};
+        const int columns[2] = {left < 1 ? 0 : left - 1, left >= t.columns ? t.columns - 1 : left};
+        for (int i = 0; i < 4; ++i) {
+          const int y = rows[i / 2] + t.down, x = columns[i % 2] + t.origin;
+          const bool black = !is_inside || y < 0 || y >= height || x < 0 || x >= width;
+          at[i] = black ? -1 : view.image * w.stride_n + y * w.stride_h + x * w.stride_w;
+        }
+      }
+      Out* out = output + static_cast<int64_t>(row) * width + column;
+#pragma unroll
+      for (int p = 0; p * kPacked<In> < channels; ++p) {
+        uint32_t word[4];
+        if constexpr (kStaged) {
+          const uint32_t* from = tile + p * t.plane + top * t.pitch + left;
+          word[0] = from[0], word[1] = from[1], word[2] = from[t.pitch], word[3] = from[t.pitch + 1];
+        } else {
+          for (int i = 0; i < 4; ++i) {
+            word[i] = at[i] < 0 ? 0 : load_word(w, static_cast<const In*>(w.images) + at[i], p);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kPacked<In>; ++i) {
+          const int c = p * kPacked<In> + i;
+          if (c >= channels) break;
+          const float p00 = channel_of<In>(word[0], i), p01 = channel_of<In>(word[1], i);
+          const float p10 = channel_of<In>(word[2], i), p11 = channel_of<In>(word[3], i);
+          const float above = p00 * (1 - fx) + p01 * fx, below = p10 * (1 - fx) + p11 * fx;
+          const float value = is_inside ? above * (1 - fy) + below * fy : fill;
+          if constexpr (kChannels > 0) {
+            store(out + c * pixels, value, scales[c], shifts[c]);
+          } else {
+            store(out + c * pixels, value, scale_of(w, c), shift_of(w, c));
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename In, typename Out, bool kStaged, int kChannels>
+__global__ void __launch_bounds__(kThreads, 4) image_kernel(const Warp w, bool by_fours, int rows_of_block,
+                                                            Out* __restrict__ output) {
+  extern __shared__ uint32_t tile[];
+  __shared__ CentredMap map;
+  const int planes = static_cast<int>((w.channels + kPacked<In> - 1) / kPacked<In>), thread = threadIdx.x;
+  const int height = static_cast<int>(w.height), first = blockIdx.y * rows_of_block;
+  const int past = first + rows_of_block < height ? first + rows_of_block : height;
+  for (int64_t n = blockIdx.x; n < w.batch; n += gridDim.x) {
+    const View view = load_view(w, n);
+    const Tile t = make_tile(w, view);
+    Out* out = output + n * w.channels * w.height * w.width;
+    if (view.image < 0) {  // an index out of range, which cannot raise from here without a synchronisation
+      const int64_t begin = static_cast<int64_t>(first) * w.width, end = static_cast<int64_t>(past) * w.width;
+      for (int64_t c = 0; c < w.channels; ++c) {
+        for (int64_t i = begin + thread; i < end; i += kThreads) {
+          store(out + c * w.height * w.width + i, nanf(""), 1.0f, 0.0f);  // uint8: 0
+        }
+      }
+      continue;  // the same for all threads of the block
+    }
+    if (thread == 0) map = centre(load_coefficients(w, n), view, w.height, w.width);
+    if (kStaged && t.rows > 0 && t.columns > 0) {  // otherwise nothing is inside, and the tile is read for nothing
+      blacken(w, t, planes, tile, thread);
+      __syncthreads();
+      copy_in<In>(w, view, t, planes, by_fours, tile, thread);
+      __syncthreads();
+      repeat_border(t, planes, tile, thread);
+    }
+    __syncthreads();
+    sample<In, Out, kStaged, kChannels>(w, view, n, map, t, tile, first, past, thread, out);
+    __syncthreads();  // before the next image takes the tile and the map
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ gradients
 
 // One block for each image, so that the sums over its pixels need no atomics and come out the same every time. The
 // gradient of the images scatters with atomics: its last bits depend on the order.
@@ -101,6 +409,29 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Warp w, const 
   }
 }
 
+template <typename In, typename Out>
+void forward_images(const Warp& w, void* output, cudaStream_t stream) {
+  if (w.batch == 0 || w.channels * w.height * w.width == 0) return;
+  STD_TORCH_CHECK(w.height < (1 << 24) && w.width < (1 << 24), "minter::warp: images of 2^24 pixels or more a side");
+  const int planes = planes_of<In>(w);
+  const size_t bytes = static_cast<size_t>(planes) * (w.height + 2) * ((w.width + 2) | 1) * sizeof(uint32_t);
+  const bool staged = bytes <= kMaxShared - sizeof(CentredMap);
+  const auto fours = [](int64_t value) { return value % 4 == 0; };
+  const bool by_fours = std::is_same_v<In, uint8_t> && w.stride_w == 1 && fours(w.width) && fours(w.stride_h) &&
+                        fours(w.stride_c) && fours(w.stride_n) && fours(reinterpret_cast<intptr_t>(w.images));
+  // A staged image is one block's; of a larger one each block takes some rows.
+  const int64_t rows = staged ? w.height : std::max<int64_t>(kRows, 4096 / w.width / kRows * kRows);
+  const dim3 blocks(static_cast<unsigned>(std::min(w.batch, kMaxBlocks)),
+                    static_cast<unsigned>((w.height + rows - 1) / rows));
+  STD_TORCH_CHECK(blocks.y <= 65535, "minter::warp: images of more than 2^19 rows");
+  const auto kernel = !staged           ? &image_kernel<In, Out, false, 0>
+                      : w.channels == 3 ? &image_kernel<In, Out, true, 3>
+                                        : &image_kernel<In, Out, true, 0>;
+  kernel<<<blocks, kThreads, staged ? bytes : 0, stream>>>(w, by_fours, static_cast<int>(rows),
+                                                           static_cast<Out*>(output));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 template <typename Real, typename In, typename Out>
 void forward(const Warp& w, void* output, cudaStream_t stream) {
   const int64_t blocks = std::min((w.batch * w.height * w.width + kThreads - 1) / kThreads, kMaxBlocks);
@@ -123,11 +454,11 @@ void backward(const Warp& w, const void* grad, void* grad_images, double* grad_c
 void warp_cuda(const Warp& w, Type in, Type out, void* output, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (in == Type::float64) return forward<double, double, double>(w, output, stream);
-  if (in == Type::float32 && out == Type::float32) return forward<float, float, float>(w, output, stream);
-  if (in == Type::float32) return forward<float, float, BFloat16>(w, output, stream);
-  if (out == Type::uint8) return forward<float, uint8_t, uint8_t>(w, output, stream);
-  if (out == Type::float32) return forward<float, uint8_t, float>(w, output, stream);
-  return forward<float, uint8_t, BFloat16>(w, output, stream);
+  if (in == Type::float32 && out == Type::float32) return forward_images<float, float>(w, output, stream);
+  if (in == Type::float32) return forward_images<float, BFloat16>(w, output, stream);
+  if (out == Type::uint8) return forward_images<uint8_t, uint8_t>(w, output, stream);
+  if (out == Type::float32) return forward_images<uint8_t, float>(w, output, stream);
+  return forward_images<uint8_t, BFloat16>(w, output, stream);
 }
 
 void warp_backward_cuda(const Warp& w, Type in, const void* grad, void* grad_images, double* grad_coefficients,

@@ -216,7 +216,112 @@ def test_training_form_equals_its_parts_one_after_the_other(size, dtype, toleran
         batch = batch if k is None else projective_warp_reference(batch, k)
         m, s = torch.tensor(mean, device=device)[:, None, None], torch.tensor(std, device=device)[:, None, None]
         assert result.dtype == dtype
+        if device == "cuda" and dtype == torch.float32:
+            tolerance = 5e-5  # source points in float32: a hundred-thousandth of a pixel, on slopes of 5 a pixel
         assert (result.float() - (batch / 255 - m) / s).abs().max() < tolerance
+
+
+def random_problem(seed):
+    """Anything a user may give: odd sizes, strides, any number of channels, crops beyond the image, windows, horizons,
+    maps that are not numbers; as arguments of warp_batch, but for the type of the output."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(values):
+        return values[torch.randint(len(values), (1,), generator=generator).item()]
+
+    height, width, channels = pick([1, 2, 5, 16, 31, 64]), pick([1, 3, 16, 17, 32, 40, 150]), pick([1, 2, 3, 3, 4, 7])
+    images = torch.randint(0, 256, (5, channels, height, width), generator=generator).to(torch.uint8)
+    images = images.float() if pick([False, True]) else images
+    layout = pick(["plain", "plain", "channels_last", "cut out"])
+    if layout == "channels_last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    elif layout == "cut out":
+        images = torch.nn.functional.pad(images, (1, 2, 1, 3))[:, :, 1 : 1 + height, 1 : 1 + width]
+    n = pick([1, 6])
+    index = torch.randint(0, 5, (n,), generator=generator)
+    reach = torch.tensor([height // 2 + 1, width // 2 + 1])
+    crops = ((2 * torch.rand(n, 2, generator=generator) - 1) * reach).round().long()
+    crops = torch.cat([crops, torch.randint(0, 2, (n, 1), generator=generator)], 1) if pick([False, True]) else None
+    corner = (torch.rand(n, 2, generator=generator) * torch.tensor([height, width])).long()
+    extent = (torch.rand(n, 2, generator=generator) * (torch.tensor([height, width]) - corner + 0.99)).long()
+    window = torch.cat([corner, extent], 1) if pick([False, False, True]) else None
+    coefficients = sample_coefficients(n, (height, width), generator)
+    kind = pick(["as sampled", "as sampled", "wild", "whole numbers", "broken"])
+    if kind == "wild":
+        coefficients += torch.randn(n, 8, generator=generator) * torch.tensor([0.3, 0.3, 3, 0.3, 0.3, 3, 0.05, 0.05])
+    elif kind == "whole numbers":  # many points on the border itself
+        coefficients = coefficients.round()
+    elif kind == "broken":
+        coefficients[0, pick(list(range(8)))] = pick([math.nan, math.inf, 1e30])
+    coefficients = coefficients.double() if pick([False, True]) else coefficients
+    scale = torch.rand(channels, generator=generator) + 0.5
+    shift = torch.randn(channels, generator=generator)
+    return images, index, crops, coefficients, scale, shift, pick([128.0, 0.0, -3.5, 300.0]), window
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_anything_a_user_may_give_equals_the_reference(device):
+    for seed in range(300):
+        images, index, crops, coefficients, scale, shift, fill, window = (
+            value.to(device) if isinstance(value, torch.Tensor) else value for value in random_problem(seed))
+        expected = images[index].float()
+        expected = expected if crops is None else crop_and_flip_reference(expected, crops)
+        expected = projective_warp_reference(expected, coefficients, fill, window)
+        plain = warp_batch(images, index, crops, coefficients, None, None, torch.float32, fill, window)
+        assert (plain - expected).abs().max() < (2e-3 if device == "cuda" else 2e-4), seed
+        normal = warp_batch(images, index, crops, coefficients, scale, shift, torch.float32, fill, window)
+        expected = expected * scale[:, None, None] + shift[:, None, None]
+        assert (normal - expected).abs().max() < (3e-3 if device == "cuda" else 3e-4), seed
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    minter_warp = common.minter_warp
+    current, *targets = minter_warp.cpu_targets()
+    assert current in targets and "portable" in targets
+    with pytest.raises(ValueError, match="this processor has no 'mmx'"):
+        minter_warp.set_cpu_target("mmx")
+    results = {}
+    try:
+        for target in targets:
+            minter_warp.set_cpu_target(target)
+            assert minter_warp.cpu_targets()[0] == target
+            rows = results[target] = []
+            for seed in range(100):
+                images, index, crops, coefficients, scale, shift, fill, window = random_problem(seed)
+                for dtype in (torch.float32, torch.bfloat16):
+                    rows.append(warp_batch(images, index, crops, coefficients, scale, shift, dtype, fill, window))
+                if images.dtype == torch.uint8:
+                    rows.append(projective_warp(images[index], coefficients, fill))
+                floats = images[index].float().contiguous()
+                grad = torch.rand(floats.shape, generator=torch.Generator().manual_seed(seed))
+                rows += torch.ops.minter.warp_backward(
+                    grad, floats, coefficients, None, crops, window, scale, True, True)
+    finally:
+        minter_warp.set_cpu_target(current)
+    for target, rows in results.items():
+        for ours, portable in zip(rows, results["portable"], strict=True):
+            assert torch.equal(ours.view(torch.uint8), portable.view(torch.uint8)), target
+
+
+def test_gradients_with_windows_crops_and_flips_are_the_reference_s():
+    for seed in range(60):
+        images, index, crops, coefficients, _, _, fill, window = random_problem(seed)
+        if not coefficients.isfinite().all():
+            continue
+        images, coefficients = images[index].float() / 255, coefficients.float()
+        coefficients = sample_coefficients(len(index), images.shape[2:], torch.Generator().manual_seed(seed))
+        grads = []
+        for compiled in (True, False):
+            pixels, k = images.clone().requires_grad_(), coefficients.clone().requires_grad_()
+            if compiled:
+                warped = torch.ops.minter.warp(pixels, k, None, crops, window, None, None, fill, torch.float32)
+            else:
+                views = pixels if crops is None else crop_and_flip_reference(pixels, crops)
+                warped = projective_warp_reference(views, k, fill, window)
+            weight = torch.rand(warped.shape, generator=torch.Generator().manual_seed(seed))
+            grads.append(torch.autograd.grad((warped * weight).sum(), [pixels, k]))
+        for ours, reference in zip(*grads, strict=True):
+            assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max().clamp(min=1e-3), seed
 
 
 def test_crop_and_flip_are_torchvisions():
