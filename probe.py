@@ -48,8 +48,9 @@ MLP_EPOCHS, MLP_BATCH, MLP_LR = 30, 128, 1e-3  # Adam
 NEIGHBOURS = 5  # the paper's; uniform weights, Euclidean distance between unscaled features
 LOGISTIC_C, LOGISTIC_ITERATIONS = 1.0, 100  # the paper's 100 iterations of SAG; L2 weight 1 / C
 LINEAR_WEIGHTS = np.logspace(5, -6, 45)  # L2 weight beside the mean loss; strongest first, each fit starts at the last
-LINEAR_ITERATIONS, LINEAR_VALIDATION = 500, 0.2
-CALIBRATION_IMAGES = 2048
+LINEAR_ITERATIONS, LINEAR_VALIDATION = 100, 0.2
+LINEAR_PIXELS = 10_000_000  # labels x dimensions; of raw pixels beyond it 46 fits would take long: left out
+CALIBRATION_IMAGES, ENCODE_BATCH = 2048, 500
 NAMES = {"mlp": "MLP", "knn": "k-NN", "logistic": "logistic regression", "linear": "linear, L2 weight chosen"}
 
 
@@ -73,7 +74,7 @@ class Representation:
 
 
 @torch.no_grad()
-def encode(encoder, images, mean, std, device, dtype, batch_size=500):
+def encode(encoder, images, mean, std, device, dtype, batch_size=ENCODE_BATCH):
     """Images (N, 3, S, S) uint8 -> mu, logvar, (N, D) float32 on the CPU; no logvar (None) where nothing is sampled."""
     encoder = encoder.to(device, memory_format=torch.channels_last)
     images, (scale, shift) = images.to(device), normalization(mean, std, device)
@@ -94,7 +95,9 @@ def random_encoder(images, config, seed, device, dtype):
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the running statistics become plain averages over the batches
-    encode(encoder, images[:CALIBRATION_IMAGES], config["mean"], config["std"], device, dtype)
+    n = min(CALIBRATION_IMAGES, len(images))
+    n -= n % ENCODE_BATCH == 1 and n > 1  # batch normalisation takes no last batch of one image
+    encode(encoder, images[:n], config["mean"], config["std"], device, dtype)
     return encoder.eval()
 
 
@@ -267,8 +270,9 @@ def probe(args):
     for name, checkpoint, encoder in checkpoints:
         config = checkpoint["config"]
         representations += represent(name, checkpoint["method"], encoder, config)
-        untrained.setdefault((config["encoder"], config.get("probabilistic", True)), config)
-    for (kind, _), config in untrained.items():
+        if config["encoder"] not in untrained or config.get("probabilistic", True):  # the rows of both kinds at once
+            untrained[config["encoder"]] = config
+    for kind, config in untrained.items():
         encoder = random_encoder(images, config, args.seed, device, dtype)
         representations += represent(None, f"random encoder ({kind})", encoder, config)
     pixels = [(split.flatten(1).float() / 255, None) for split in (images, test_images)]
@@ -276,6 +280,16 @@ def probe(args):
 
     rows = []
     work = [(c, r, size) for c in args.classifiers for r in representations for size in subsets]
+    without_linear = {size: "one of each class leaves none to choose the L2 weight on" for size in subsets
+                      if size == len(class_names)}
+    too_large = [size for size in subsets if size * images[0].numel() > LINEAR_PIXELS]
+    work = [(c, r, size) for c, r, size in work if c != "linear" or not (
+        size in without_linear or (size in too_large and r is representations[-1]))]
+    if "linear" in args.classifiers:
+        notes += [f"linear, {size:,} labels: left out, {why}" for size, why in without_linear.items()]
+        notes += [f"linear, {size:,} labels: raw pixels left out, whose fits would take long" for size in too_large]
+    if not work:
+        raise UserError(f"nothing is left to evaluate: {notes[-1]}; give larger --train-sizes", exit_code=2)
     for classifier, representation, size in tqdm(work, desc="classifiers", leave=False, disable=None):
         errors = errors_of(classifier, representation, subsets[size], labels, test_labels, args.passes, args.seed,
                            device, dtype, args.mean_per_class)
@@ -283,7 +297,8 @@ def probe(args):
                      "features": representation.features, "classifier": classifier, "train_size": size,
                      "error_mean": float(np.mean(errors)),
                      "error_std": float(np.std(errors, ddof=1)) if len(errors) > 1 else 0.0,
-                     "passes": len(errors), "seed": args.seed, "dataset": dataset, "label": representation.label()})
+                     "passes": len(errors), "seed": args.seed, "dataset": dataset,
+                     "mean_per_class": args.mean_per_class, "label": representation.label()})
     chance = 1 - 1 / len(class_names)
     kind = "error, mean over the classes," if args.mean_per_class else "error"
     notes.append(f"{dataset}: {kind} on {len(test_labels):,} test images, chance {chance:.3f}; z sampled: mean ± "
@@ -298,8 +313,9 @@ def make_tables(rows):
         "mlp": f"2048-2048-classes, Adam {MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, standardised features",
         "knn": f"K = {NEIGHBOURS}, uniform weights, Euclidean distance, unscaled features",
         "logistic": f"SAG, {LOGISTIC_ITERATIONS} iterations, L2 with C = {LOGISTIC_C:g}, standardised features",
-        "linear": f"L-BFGS, unscaled features, L2 weight of {len(LINEAR_WEIGHTS)} from {LINEAR_WEIGHTS[-1]:g} to "
-                  f"{LINEAR_WEIGHTS[0]:g} chosen on {LINEAR_VALIDATION:.0%} of the labels, refit on all",
+        "linear": f"L-BFGS, {LINEAR_ITERATIONS} iterations, unscaled features, L2 weight of {len(LINEAR_WEIGHTS)} from "
+                  f"{LINEAR_WEIGHTS[-1]:g} to {LINEAR_WEIGHTS[0]:g} chosen on {LINEAR_VALIDATION:.0%} of the labels, "
+                  "refit on all",
     }
     for classifier in dict.fromkeys(row["classifier"] for row in rows):
         lines = {}
@@ -316,7 +332,8 @@ def print_tables(rows, notes):
         print(f"\n{title} ({protocol})")
         print(f"  {'training labels':{width + 11}}" + "".join(f"{size:>16,}" for size in sizes))
         for (name, features), cells in lines.items():
-            shown = "".join((cells[s] if "±" in cells[s] else cells[s] + " " * 8).rjust(16) for s in sizes)
+            shown = [cells.get(size, "-") for size in sizes]
+            shown = "".join((cell if "±" in cell else cell + " " * 8).rjust(16) for cell in shown)
             print(f"  {name:{width}}  {features:9}{shown}")
     print()
     for note in notes:
@@ -329,7 +346,7 @@ def write_markdown(rows, notes, path):
         text += [f"**{title}** ({protocol})", "",
                  "| error, by training labels | features | " + " | ".join(f"{size:,}" for size in sizes) + " |",
                  "|---|---|" + "---|" * len(sizes)]
-        text += [f"| {name} | {features} | " + " | ".join(cells[size] for size in sizes) + " |"
+        text += [f"| {name} | {features} | " + " | ".join(cells.get(size, "") for size in sizes) + " |"
                  for (name, features), cells in lines.items()]
         text.append("")
     Path(path).write_text("\n".join([*text, *(f"- {note}" for note in notes), ""]))
@@ -345,7 +362,7 @@ def parse_args():
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="data set, encoder and sizes come from the checkpoint")
     add("--classifiers", nargs="+", choices=list(NAMES), default=["mlp", "knn", "logistic"],
-        help="default: VTE's three, mlp knn logistic; linear is STL's")
+        help="default: VTE's three, mlp knn logistic; linear is STL's, 46 fits")
     add("--mean-per-class", action="store_true", help="error as the mean over classes, for test sets out of balance")
     add("--train-sizes", nargs="+", type=positive(int), default=[50000, 5000, 500], metavar="N",
         help="labelled images to train on; fewer is faster (default: 50000 5000 500)")
@@ -367,11 +384,11 @@ def main():
             raise UserError(f"cannot write '{path}': give a file that ends in {suffix}, in a folder that is there and "
                             "can be written to", exit_code=2)
     rows, notes = probe(args)
-    print_tables(rows, notes)
     if args.json:
         write_json(rows, args.json)
     if args.markdown:
         write_markdown(rows, notes, args.markdown)
+    print_tables(rows, notes)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ so that a code can be matched, and used, across images:
     minimise     inv L_inv + equi L_equi + trans L_trans
 
     python stl.py --dataset stl10 --output stl.ckpt
-    python stl.py --dataset stl10 --equi 0 --trans 0 --output simclr.ckpt      (SimCLR, all else equal)
+    python stl.py --dataset stl10 --equi 0 --trans 0 --output inv.ckpt         (SimCLR's loss, all else equal)
+    python stl.py --dataset stl10 --equi 0 --trans 0 --batch independent       (SimCLR)
 
 Published: ResNet-18 trained on STL-10, linear classification of STL-10 84.83 %, mean over 11 other data sets 49.49 %
 (SimCLR 84.74 and 43.72).
@@ -225,7 +226,7 @@ class STL(nn.Module):
     equi, two of (2N, 128), features and their predictions; trans, two of (N, 128), the codes of the one and of the
     other image of each pair; and, as they are, codes (2N, 128) and predictions from right and wrong codes for the log.
 
-    losses: which of inv, equi, trans to build; without equi and trans it is SimCLR."""
+    losses: which of inv, equi, trans to build; inv alone is SimCLR's."""
 
     def __init__(self, encoder, preset="code", losses=("inv", "equi", "trans"), features=512):
         super().__init__()
@@ -347,7 +348,7 @@ def train(args):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.step(loss, metrics, n)
+            run.step(loss, {**metrics, "lr": torch.tensor(schedule.get_last_lr()[0])}, n)
         schedule.step()
         watch(run, epoch, args.epochs)
     run.finish(f"python probe.py {args.output} --classifiers knn linear")
@@ -355,7 +356,7 @@ def train(args):
 
 def parse_args():
     parser = training_parser(
-        "STL: self-supervised transformation learning; with --equi 0 --trans 0, SimCLR.",
+        "STL: self-supervised transformation learning; with --equi 0 --trans 0 --batch independent, SimCLR.",
         "python stl.py --dataset digits --encoder nin --epochs 20 --batch-size 128 --output stl.ckpt",
         output="stl.ckpt", encoders=("resnet18", "nin", "alexnet"), lr=0.03,
         advice={
@@ -373,7 +374,7 @@ def parse_args():
     add("--trans", type=non_negative, help="weight of the transformation loss, 0 for none (default: the preset's)")
     add("--batch", choices=["aligned", "independent"], default="aligned",
         help="independent: every image has transformations of its own, the ablation; codes then match by chance only")
-    add("--augmix", action="store_true", help="also AugMix, the same for both images of a pair; slow: pair by pair")
+    add("--augmix", action="store_true", help="also AugMix, once for each pair of an aligned batch; slow: one by one")
     add("--temperature", type=positive(float), default=0.2, help="of NT-Xent (default: 0.2)")
     add("--weight-decay", type=non_negative, default=5e-4, help="SGD's (default: 5e-4)")
     args = parser.parse_args()

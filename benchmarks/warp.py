@@ -6,16 +6,18 @@
 
 warp: images in, images out, each library with the type and the layout it likes best: uint8 for ours, PIL (a list of
 images), OpenCV (a list of arrays) and torchvision; float32 for ours, kornia and grid_sample. step: a training step's
-input from a uint8 data set, by index: random crop, flip, warp, normalise, to one contiguous (N, 3, S, S) batch of float32
-or bfloat16. backward: forward and backward of float32 images, the gradient that of the images, the coefficients or both.
+input from a uint8 data set, by index: random crop, flip, warp, normalise, to one contiguous (N, 3, S, S) batch of
+float32 or bfloat16. backward: forward and backward of float32 images, the gradient that of the images, the coefficients
+or both.
 
-OpenCV, PIL and torchvision have one map for a call and run in a loop, in one thread but for what they do themselves, where
-ours uses all of --threads; several workers would divide their time, and --threads 1 compares one core with one. As their
-time is linear in N it is taken on 256 images at most, and that of the batched ones, where long on the CPU, on part of N
-too: column "on". Each library's form of the coefficients is made beforehand, outside the time. kornia fills by its own
-padding_mode="fill", which samples twice; grid_sample is the shortest form we found in plain torch (a matrix product makes
-the grid, and a mask fills). Contestants run in alternation, after a warm-up, and the median is taken. N x size is left out
-where the batch exceeds 4 GB in float32.
+OpenCV, PIL and torchvision have one map for a call and run in a loop, in one thread but for what they do themselves,
+where ours uses all of --threads: several workers would divide their time, and --threads 1 compares one core with one.
+What would take others more than a second on the CPU is timed on a part of N (column "on"); ours always on all of it.
+That favours the others at large N, where the memory of a whole batch is fetched from the system anew each time and that
+of a small one is reused. Each library's form of the coefficients is made beforehand, outside the time. kornia fills by
+its own padding_mode="fill", which samples twice; grid_sample is the fastest form found in plain torch (a matrix product
+makes the grid, and a mask fills). Contestants run in alternation, after a warm-up, and the median is taken. N x size is
+left out where the batch exceeds 4 GB in float32.
 """
 
 import dataclasses
@@ -42,7 +44,6 @@ from common import (
     UserError,
     choose_device,
     minter_warp,
-    minter_warp_missing,
     normalization,
     positive,
     projective_warp,
@@ -55,16 +56,15 @@ from common import (
 FILL = 128
 LARGEST_BATCH = 4e9  # bytes in float32
 LARGEST_DATA_SET = 600e6  # bytes
-LOOPED = 256  # images that a loop is timed on at most
 LONGEST, SHORTEST = 1.0, 0.01  # seconds of one sample of the time: fewer images above, several calls below
 BUDGET = 0.5  # seconds of samples for each contestant
 
 # Largest difference in grey levels from ours that is accepted, where smooth images are read at least one pixel from the
-# border (at the border itself the conventions differ: OpenCV, kornia and torchvision blend the fill in). All compute the
-# same bilinear interpolation, so only rounding is left: of the result to uint8 (PIL, OpenCV, torchvision: 1 at most), of
-# the coordinates to float32 (well below 1), and in OpenCV before version 5 of the coordinates to 1/32 of a pixel, which is
-# 1/64 of a pixel off on either axis where neighbouring pixels differ by 100 grey levels or so.
-LIMITS = {"kornia": 0.5, "grid_sample": 0.5, "opencv": 5, "pil": 1, "torchvision": 1}
+# border (at the border itself the conventions differ: OpenCV, kornia and torchvision blend the fill in). All compute
+# the same bilinear interpolation, so only rounding is left: of the coordinates to float32 (under 0.01 here), of the
+# result to uint8 (OpenCV and torchvision round to nearest, PIL down, so 1 at most), and in older OpenCV of the
+# coordinates to 1/32 of a pixel: 1/64 off at most on either axis, where neighbours differ by 100 grey levels or so.
+LIMITS = {"kornia": 0.1, "grid_sample": 0.1, "opencv": 5, "pil": 1.01, "torchvision": 1.01}
 GRADIENT_LIMIT = 0.01  # difference of gradients, relative in the Euclidean norm
 LABELS = {"opencv": "OpenCV", "pil": "PIL"}
 MODULES = {"kornia": "kornia", "grid_sample": "torch", "opencv": "cv2", "pil": "PIL", "torchvision": "torchvision"}
@@ -169,9 +169,10 @@ def for_integer_centres(coefficients):
 def kornia(problem):
     from kornia.geometry.transform import warp_perspective
 
-    size, forward = (problem.size, problem.size), for_integer_centres(problem.coefficients).inverse().float()
-    fill = torch.full((3,), float(FILL), device=forward.device)
-    return batched(problem, lambda images: warp_perspective(images, forward, size, padding_mode="fill", fill_value=fill))
+    forward = for_integer_centres(problem.coefficients).inverse().float()
+    options = {"dsize": (problem.size, problem.size), "padding_mode": "fill",
+               "fill_value": torch.full((3,), float(FILL), device=forward.device)}
+    return batched(problem, lambda images: warp_perspective(images, forward, **options))
 
 
 def opencv(problem):
@@ -408,11 +409,11 @@ def fewer(name, make, problem, n, device):
     """How many of n images to time a contestant on."""
     if name.startswith("ours") or (device.type == "cuda" and name not in LOOPS):
         return n
-    run = make(problem.first(16))
+    tried = min(n, 64)
+    run = make(problem.first(tried))
     run()
-    images = LONGEST * 16 / seconds_of(run, 1, device)
-    count = min(n, LOOPED if name in LOOPS else n)
-    return count if count <= images else max(16, int(images) // 16 * 16)
+    images = LONGEST * tried / seconds_of(run, 1, device)
+    return n if n <= images else max(16, int(images) // 16 * 16)
 
 
 def show(rows):
@@ -550,7 +551,7 @@ def draw(rows, path):
     for setting, name, style in kinds:
         points = sorted((row["size"], row["megapixels_per_second"]) for row in rows
                         if (row["setting"], row["library"], row["n"]) == (setting, name, n))
-        label = f"{setting} {name.removeprefix('ours')}".strip()
+        label = setting + name.removeprefix("ours")
         axes[2].plot(*zip(*points, strict=True), style, marker="o", markersize=4, color="black", label=label)
     sizes = sorted({row["size"] for row in rows})
     axes[2].set(xscale="log", xlabel="side in pixels", ylabel="megapixels/s", title=f"ours, N = {n:,}")
@@ -594,14 +595,18 @@ def main():
     add("--repeats", type=positive(int), default=15, help="samples of each time at most (default: %(default)s)")
     add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with (default: all)")
     add("--quick", action="store_true", help="size 32 with N of 64 and 1024, and no other backward, in a minute")
+    add("--check", action="store_true", help="see whether all agree, and time nothing")
     add("--output", help="JSON file for the figures")
     add("--plot", help="PNG file for the picture")
     args = parser.parse_args()
     if minter_warp is None:
-        raise UserError(f"the compiled warp is not built ({minter_warp_missing}): `make setup` builds it")
+        raise UserError("the compiled warp, which is what is measured here, is not built: `make setup` builds it")
     device = choose_device(args.device)
     if device.type == "cuda" and CUDA_ARCHITECTURES is None:
         raise UserError("the compiled warp is built without CUDA, so there is nothing to time on the GPU")
+    for path in filter(None, (args.output, args.plot)):
+        if not Path(path).resolve().parent.is_dir():
+            raise UserError(f"cannot write '{path}': there is no such folder", exit_code=2)
     sizes = [32] if args.quick else args.sizes
     if min(sizes) < 8:
         raise UserError("--sizes have to be 8 or more", exit_code=2)
@@ -610,11 +615,13 @@ def main():
     peers = installed(args.peers, device)
     if "opencv" in peers:
         importlib.import_module("cv2").setNumThreads(args.threads)
-    bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
+    bandwidth = copy_bandwidth(device) if device.type == "cuda" and not args.check else None
     record = {"command": " ".join(["python", "benchmarks/warp.py", *sys.argv[1:]]),
               **circumstances(args, peers, device, bandwidth)}
     print(json.dumps(record, indent=1))
     agreement, rows = check_agreement(sizes, peers, device), []
+    if args.check:
+        return
     for size in sizes:
         generator = torch.Generator().manual_seed(0)
         count = min(50000, int(LARGEST_DATA_SET / (3 * size * size)))

@@ -9,6 +9,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -96,7 +100,7 @@ ALWAYS_INLINE void copy_row(uint32_t* words, const In* from, int64_t step, int64
   copy_words<kChannels>(words + last, from + last, 1, stride_c, kLanes);
 }
 
-// One plane of a frame. A flipped view's is mirrored, as the source is: locate() and load_taps() turn it round.
+// One plane of a frame. A flipped view's is mirrored, as the source is.
 template <int kChannels, typename In>
 ALWAYS_INLINE void fill_plane(const Warp& w, const View& view, const Frame& frame, uint32_t* plane, int64_t channel) {
   const In* image = static_cast<const In*>(w.images) + view.image * w.stride_n + channel * w.stride_c;
@@ -140,48 +144,69 @@ ALWAYS_INLINE void fill_frame(const Warp& w, const View& view, Frame& frame) {
   }
 }
 
-// Source points of `count` pixels (a multiple of kLanes) of output row y from column x on.
-ALWAYS_INLINE void locate(const Coefficients& k, const View& view, int64_t pitch, int64_t row, int64_t column, int count,
-                          Block& block) {
-  const double y = row + 0.5, by = product(k.b, y), ey = product(k.e, y), hy = product(k.h, y);
-  const double left = view.left, end = view.end, top = view.top, bottom = view.bottom;
-  // In a mirrored frame a pair of taps begins with its right one, x0 + 1, in column end - 1 - x0 of the frame.
-  const int32_t mirror = view.flip ? -1 : 0, x_origin = view.flip ? view.end : 1 - view.left;  // -1 - x0 = x0 ^ -1
-  const int32_t y_origin = 1 - view.top, words = pitch;
-  const bool empty = view.left == view.end || view.top == view.bottom;
-  for (int j = 0; j < count; ++j) {
-    const double x = static_cast<double>(static_cast<int32_t>(column) + j) + 0.5;
-    const double denominator = k.g * x + hy + 1.0;
-    const double u = (k.a * x + by + k.c) / denominator, v = (k.d * x + ey + k.f) / denominator;
-    const bool inside = (u >= left) & (u < end) & (v >= top) & (v < bottom) & !empty;
-    const double du = inside ? u - 0.5 : 0.0, dv = inside ? v - 0.5 : 0.0;  // in [-0.5, size - 0.5)
-    const int32_t x0 = static_cast<int32_t>(du) - (du < 0.0), y0 = static_cast<int32_t>(dv) - (dv < 0.0);
-    block.fx[j] = static_cast<float>(du - x0);
-    block.fy[j] = static_cast<float>(dv - y0);
-    block.inside[j] = -static_cast<int32_t>(inside);
-    block.at[j] = inside ? (y0 + y_origin) * words + (x0 ^ mirror) + x_origin : 0;
-  }
-}
-
-// The two upper and the two lower taps of each pixel of the block, side by side, left and right as the view has them.
-ALWAYS_INLINE void load_taps(const uint32_t* plane, int64_t pitch, bool mirrored, const Block& block, int count,
-                             uint32_t* __restrict__ above, uint32_t* __restrict__ below) {
-  const int turn = mirrored ? 32 : 0;
-  for (int i = 0; i < count; ++i) {
-    const uint32_t* from = plane + block.at[i];
-    uint64_t upper, lower;
-    std::memcpy(&upper, from, sizeof upper);
-    std::memcpy(&lower, from + pitch, sizeof lower);
-    upper = std::rotl(upper, turn), lower = std::rotl(lower, turn);
-    std::memcpy(above + 2 * i, &upper, sizeof upper);
-    std::memcpy(below + 2 * i, &lower, sizeof lower);
-  }
-}
-
 // Selections by bits: a condition would be turned back into a branch by some compilers, and nothing vectorised.
 ALWAYS_INLINE float select(int32_t mask, float value, float other) {
   const uint32_t bits = static_cast<uint32_t>(mask);
   return std::bit_cast<float>((std::bit_cast<uint32_t>(value) & bits) | (std::bit_cast<uint32_t>(other) & ~bits));
+}
+
+// What turns a point into a place of the frame. A flipped view's frame is mirrored: there column `left` is column
+// columns - left (which is ~left + columns + 1), and the fraction 1 - fx.
+struct Placing {
+  float to_column, to_row, start, sign;
+  int32_t columns, rows, pitch, mirror, origin;
+};
+
+ALWAYS_INLINE void place(const Placing p, float u, float v, int32_t mask, int32_t* __restrict__ at,
+                         int32_t* __restrict__ inside, float* __restrict__ fx, float* __restrict__ fy) {
+  const float column = select(mask, u + p.to_column, 0.0f), row = select(mask, v + p.to_row, 0.0f);
+  int32_t left = static_cast<int32_t>(column), top = static_cast<int32_t>(row);
+  left = left < p.columns ? left : p.columns, top = top < p.rows ? top : p.rows;  // had the sum been rounded up
+  *inside = mask;
+  *fx = p.start + p.sign * (column - static_cast<float>(left));
+  *fy = row - static_cast<float>(top);
+  *at = (top * p.pitch + (left ^ p.mirror) + p.origin) & mask;
+}
+
+// Source points of `count` pixels (a multiple of kLanes) of output row y from column x on.
+ALWAYS_INLINE void locate(const Warp& w, const Coefficients& k, const CentredMap& m, const View& view,
+                          const Frame& frame, int64_t row, int64_t column, int count, Block& block) {
+  const float y = static_cast<float>(row + 0.5 - 0.5 * w.height);
+  const float first = static_cast<float>(column + 0.5 - 0.5 * w.width);
+  const float au = m.au, bu = m.bu * y + m.cu, av = m.av, bv = m.bv * y + m.cv, g = m.g, h = m.h * y + m.w;
+  const float half_u = m.half_u, half_v = m.half_v, doubt_u = m.doubt_u, doubt_v = m.doubt_v;
+  const int32_t columns = frame.columns, rows = frame.rows, pitch = frame.pitch;
+  const Placing p{half_u + 0.5f, half_v + 0.5f, view.flip ? 1.0f : 0.0f, view.flip ? -1.0f : 1.0f,
+                  columns, rows, pitch, view.flip ? -1 : 0, view.flip ? columns + 1 : 0};
+  int32_t certain = 0;
+  for (int j = 0; j < count; ++j) {
+    const float x = first + static_cast<float>(j), inverse = 1.0f / (g * x + h);
+    const float u = (au * x + bu) * inverse, v = (av * x + bv) * inverse;
+    const float past_u = std::fabs(u) - half_u, past_v = std::fabs(v) - half_v;
+    const int32_t sure_u = std::fabs(past_u) > doubt_u ? 1 : 0, sure_v = std::fabs(past_v) > doubt_v ? 1 : 0;
+    const int32_t inside_u = past_u < 0.0f ? -1 : 0, inside_v = past_v < 0.0f ? -1 : 0;
+    certain += sure_u & sure_v;
+    place(p, u, v, inside_u & inside_v, block.at + j, block.inside + j, block.fx + j, block.fy + j);
+  }
+  if (certain == count && !m.exact) return;
+  const double center_u = 0.5 * (view.left + view.end), center_v = 0.5 * (view.top + view.bottom);
+  for (int j = 0; j < count; ++j) {
+    const Point point = source_point(k, row, column + j);
+    const bool is_inside = inside(view, point);
+    const float u = is_inside ? static_cast<float>(point.u - center_u) : 0.0f;
+    const float v = is_inside ? static_cast<float>(point.v - center_v) : 0.0f;
+    place(p, u, v, -static_cast<int32_t>(is_inside), block.at + j, block.inside + j, block.fx + j, block.fy + j);
+  }
+}
+
+// The two upper and the two lower taps of each pixel of the block, side by side.
+ALWAYS_INLINE void load_taps(const uint32_t* plane, int64_t pitch, const Block& block, int count,
+                             uint32_t* __restrict__ above, uint32_t* __restrict__ below) {
+  for (int i = 0; i < count; ++i) {
+    const uint32_t* from = plane + block.at[i];
+    std::memcpy(above + 2 * i, from, 2 * sizeof(uint32_t));
+    std::memcpy(below + 2 * i, from + pitch, 2 * sizeof(uint32_t));
+  }
 }
 
 template <typename In>
@@ -273,6 +298,7 @@ ALWAYS_INLINE void forward_images(const Warp& w, int64_t begin, int64_t end, voi
   for (int64_t n = begin; n < end; ++n) {
     const Coefficients coefficients = load_coefficients(w, n);
     const View view = load_view(w, n);
+    const CentredMap map = centre(coefficients, view, w.height, w.width);
     fill_frame<In>(w, view, frame);
     if (n + 1 < end) prefetch<In>(w, n + 1);
     Stored* output = static_cast<Stored*>(all) + n * w.channels * pixels;
@@ -280,10 +306,10 @@ ALWAYS_INLINE void forward_images(const Warp& w, int64_t begin, int64_t end, voi
       for (int64_t x = 0; x < w.width; x += kBlock) {
         const int wanted = static_cast<int>(std::min<int64_t>(kBlock, w.width - x));
         const int count = (wanted + kLanes - 1) / kLanes * kLanes;
-        locate(coefficients, view, frame.pitch, y, x, count, block);
+        locate(w, coefficients, map, view, frame, y, x, count, block);
         for (int64_t c = 0; c < w.channels; c += packed) {
           const uint32_t* plane = frame.words.data() + c / packed * (w.height + 2) * frame.pitch;
-          load_taps(plane, frame.pitch, view.flip, block, count, above, below);
+          load_taps(plane, frame.pitch, block, count, above, below);
           const int channels = static_cast<int>(std::min(packed, w.channels - c));
           Stored* to[3];
           Normalization k{fill_value<Out>(w), {1, 1, 1}, {0, 0, 0}};
@@ -330,16 +356,17 @@ ALWAYS_INLINE void locate_points(const Coefficients& k, const Block& block, int6
   }
 }
 
-// du, dv += d loss / d (u, v) through one channel.
+// du, dv += d loss / d (u, v) through one channel. along: -1 for a mirrored frame, else 1.
 template <typename In>
 ALWAYS_INLINE void add_point_gradients(const Block& block, const uint32_t* __restrict__ above,
                                        const uint32_t* __restrict__ below, int shift, const float* __restrict__ grad,
-                                       float scale, int count, float* __restrict__ du, float* __restrict__ dv) {
+                                       float scale, float along, int count, float* __restrict__ du,
+                                       float* __restrict__ dv) {
   for (int j = 0; j < count; ++j) {
     const float fx = block.fx[j], fy = block.fy[j], g = grad[j] * scale;
     const float p00 = tap<In>(above[2 * j], shift), p01 = tap<In>(above[2 * j + 1], shift);
     const float p10 = tap<In>(below[2 * j], shift), p11 = tap<In>(below[2 * j + 1], shift);
-    const float along_x = g * ((p01 - p00) * (1 - fy) + (p11 - p10) * fy);
+    const float along_x = along * g * ((p01 - p00) * (1 - fy) + (p11 - p10) * fy);
     const float along_y = g * ((p10 - p00) * (1 - fx) + (p11 - p01) * fx);
     du[j] += select(block.inside[j], along_x, 0.0f);
     dv[j] += select(block.inside[j], along_y, 0.0f);
@@ -363,19 +390,18 @@ ALWAYS_INLINE void add_coefficient_gradients(const Points& points, int64_t row, 
 }
 
 // One channel's gradient of a block of pixels, spread over the taps in a frame of gradients.
-ALWAYS_INLINE void scatter(const Block& block, const float* __restrict__ grad, float scale, int64_t pitch, bool mirrored,
-                           int count, float* __restrict__ frame) {
+ALWAYS_INLINE void scatter(const Block& block, const float* __restrict__ grad, float scale, int64_t pitch, int count,
+                           float* __restrict__ frame) {
   alignas(64) float upper[2][kBlock], lower[2][kBlock];
   for (int j = 0; j < count; ++j) {
     const float fx = block.fx[j], fy = block.fy[j], g = select(block.inside[j], grad[j] * scale, 0.0f);
     upper[0][j] = g * ((1 - fx) * (1 - fy)), upper[1][j] = g * (fx * (1 - fy));
     lower[0][j] = g * ((1 - fx) * fy), lower[1][j] = g * (fx * fy);
   }
-  const int left = mirrored ? 1 : 0, right = 1 - left;
   for (int j = 0; j < count; ++j) {
     float* to = frame + block.at[j];
-    to[0] += upper[left][j], to[1] += upper[right][j];
-    to[pitch] += lower[left][j], to[pitch + 1] += lower[right][j];
+    to[0] += upper[0][j], to[1] += upper[1][j];
+    to[pitch] += lower[0][j], to[pitch + 1] += lower[1][j];
   }
 }
 
@@ -416,6 +442,7 @@ ALWAYS_INLINE void backward_images(const Warp& w, int64_t begin, int64_t end, co
     const Coefficients coefficients = load_coefficients(w, n);
     const View view = load_view(w, n);
     if (view.top == view.bottom || view.left == view.end) continue;
+    const CentredMap map = centre(coefficients, view, w.height, w.width);
     frame.rows = view.bottom - view.top, frame.columns = view.end - view.left;
     if (grad_coefficients) fill_frame<In>(w, view, frame);
     std::fill(gradients.begin(), gradients.end(), 0.0f);
@@ -424,7 +451,7 @@ ALWAYS_INLINE void backward_images(const Warp& w, int64_t begin, int64_t end, co
       for (int64_t x = 0; x < w.width; x += kBlock) {
         const int wanted = static_cast<int>(std::min<int64_t>(kBlock, w.width - x));
         const int count = (wanted + kLanes - 1) / kLanes * kLanes;
-        locate(coefficients, view, frame.pitch, y, x, count, block);
+        locate(w, coefficients, map, view, frame, y, x, count, block);
         for (int i = wanted; i < count; ++i) block.inside[i] = 0, block.at[i] = 0;  // beyond the row
         if (grad_coefficients) {
           locate_points(coefficients, block, y, x, count, points);
@@ -440,12 +467,13 @@ ALWAYS_INLINE void backward_images(const Warp& w, int64_t begin, int64_t end, co
           if (grad_coefficients) {
             if (c % packed == 0) {
               const uint32_t* plane = frame.words.data() + c / packed * plane_words;
-              load_taps(plane, frame.pitch, view.flip, block, count, above, below);
+              load_taps(plane, frame.pitch, block, count, above, below);
             }
-            add_point_gradients<In>(block, above, below, static_cast<int>(c % packed) * 8, grad, scale, count, du, dv);
+            add_point_gradients<In>(block, above, below, static_cast<int>(c % packed) * 8, grad, scale,
+                                    view.flip ? -1.0f : 1.0f, count, du, dv);
           }
           if (grad_images) {
-            scatter(block, grad, scale, frame.pitch, view.flip, count, gradients.data() + c * plane_words);
+            scatter(block, grad, scale, frame.pitch, count, gradients.data() + c * plane_words);
           }
         }
         if (grad_coefficients) add_coefficient_gradients(points, y, du, dv, count, sums);
@@ -605,8 +633,19 @@ bool fits_32_bits(const Warp& w) {
   return w.height < (1 << 24) && w.width < (1 << 24) && (w.height + 2) * (w.width + 2) < (int64_t{1} << 30);
 }
 
+// A large output is new memory, which the system hands out page by page as it is written: ask for large pages.
+void advise(void* output, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(output) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + bytes) / page * page;
+  if (bytes >= 16 * static_cast<int64_t>(page)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 template <typename In, typename Out>
 void forward(const Warp& w, void* output) {
+  advise(output, w.batch * w.channels * w.height * w.width * static_cast<int64_t>(sizeof(Out)));
   if constexpr (std::is_same_v<In, double>) {
     over_images(w, [&](int64_t begin, int64_t end) { forward_plain<double, double, double>(w, begin, end, output); });
   } else if (fits_32_bits(w)) {

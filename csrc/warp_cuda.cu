@@ -4,9 +4,7 @@
 // and flip applied and its border repeated around it, three uint8 channels packed into one word a pixel. Sampling is then
 // four shared loads for a pixel and one coalesced store a channel. Images too large for that are read where they lie.
 //
-// Source points are computed in float32, relative to the image's centre (GPUs for games have next to no float64). Whether
-// a point is inside is still decided exactly as on the CPU: points too close to the border for float32 to tell, and all
-// points of a map whose horizon comes near the image, are computed once more in float64.
+// Source points are computed in float32 (CentredMap in warp.h); those that need it once more, in float64.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 
@@ -65,33 +63,6 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Warp w, Out* __
 
 constexpr int kColumns = 32, kRows = kThreads / kColumns;  // a block's threads, over the pixels of an image
 constexpr size_t kMaxShared = 48 << 10;                    // what every device grants without being asked
-
-// A map about the centres of image and window: u - centre = (au x + bu y + cu) / (g x + h y + w), v likewise, with x and
-// y counted from the centre of the output. Computed once for an image, in float64.
-struct CentredMap {
-  float au, bu, cu, av, bv, cv, g, h, w;
-  float half_u, half_v;    // of the window: inside is -half <= u - centre < half
-  float doubt_u, doubt_v;  // float32 cannot tell what is this close to the border
-  bool exact;              // float32 can tell nothing: the denominator comes close to 0, or is not a number
-};
-
-WARP_INLINE CentredMap centre(const Coefficients& k, const View& view, int64_t height, int64_t width) {
-  const double x = 0.5 * width, y = 0.5 * height;
-  const double half_u = 0.5 * (view.end - view.left), half_v = 0.5 * (view.bottom - view.top);
-  const double u = view.left + half_u, v = view.top + half_v;
-  const double w = k.g * x + k.h * y + 1;
-  const double au = k.a - u * k.g, bu = k.b - u * k.h, cu = k.a * x + k.b * y + k.c - u * w;
-  const double av = k.d - v * k.g, bv = k.e - v * k.h, cv = k.d * x + k.e * y + k.f - v * w;
-  const double spread = fabs(k.g) * x + fabs(k.h) * y, least = w - spread, most = w + spread;
-  // Each product and sum is rounded by 2^-24 of what it adds up, the quotient likewise: some five times; 2^-21 is eight.
-  const double unit = 1.0 / (1 << 21);
-  const double doubt_u = unit * ((fabs(au) * x + fabs(bu) * y + fabs(cu) + half_u * most) / least + half_u);
-  const double doubt_v = unit * ((fabs(av) * x + fabs(bv) * y + fabs(cv) + half_v * most) / least + half_v);
-  const bool sound = least > 1e-3 && most < 1e3 && doubt_u < 1 && doubt_v < 1;
-  const auto f = [](double value) { return static_cast<float>(value); };
-  return {f(au), f(bu), f(cu), f(av), f(bv), f(cv), f(k.g), f(k.h), f(w),
-          f(half_u), f(half_v), f(doubt_u), f(doubt_v), !sound};
-}
 
 // Where a pixel is read: u, v from the centre of the window; false if outside.
 WARP_INLINE bool locate(const CentredMap& m, const Warp& w, int64_t n, int row, int column, float& u, float& v) {

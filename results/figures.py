@@ -135,9 +135,10 @@ def transformation_codes(path, n, data_dir, seed):
         plain["factors"] = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1)
         own = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
         with torch.no_grad():
-            before, after = (model.encoder(stl.transform(images, index, which, own, (255 * scale, shift)))
-                             for which in (plain, shared))
-            codes.append(model.encode_transformation(before, after))
+            normal = 255 * scale, shift
+            before, after = (stl.transform(images, index, which, own, normal) for which in (plain, shared))
+            for x, t in zip(before.split(250), after.split(250), strict=True):
+                codes.append(model.encode_transformation(model.encoder(x), model.encoder(t)))
         kinds += [number] * n
         for name, value in values.items():
             strengths[name] = torch.full((len(CODE_KINDS) * n,), torch.nan)

@@ -173,3 +173,16 @@ def test_broken_weights_are_named():
         Representation("a.ckpt", "vte_ba", "mu", (mu / 0, mu), (mu, mu))
     with pytest.raises(UserError, match="not finite"):
         Representation("a.ckpt", "vte_ba", "sample", (mu, mu + 1000), (mu, mu))
+
+
+def test_a_cell_that_was_left_out_is_empty_in_both_tables(tmp_path, capsys):
+    row = {"checkpoint": "a.ckpt", "method": "stl", "features": None, "classifier": "linear", "error_mean": 0.25,
+           "error_std": 0.0, "passes": 1}
+    rows = [{**row, "train_size": 500, "label": ("stl (a.ckpt)", "")},
+            {**row, "train_size": 5000, "label": ("stl (a.ckpt)", "")},
+            {**row, "train_size": 500, "label": ("raw pixels", "")}]
+    probe.print_tables(rows, ["a note"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "raw pixels" in line]
+    assert line.split() == ["raw", "pixels", "-", "0.250"]
+    probe.write_markdown(rows, ["a note"], tmp_path / "a.md")
+    assert "| raw pixels |  |  | 0.250 |" in (tmp_path / "a.md").read_text()

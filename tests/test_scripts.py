@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import runpy
 import shutil
@@ -123,6 +124,8 @@ def stl_trained(tmp_path_factory):
     few = ["--dataset", "digits", "--limit", 131, "--epochs", 1, "--batch-size", 64, "--image-size", 16]
     results = {
         "stl": run("stl.py", *few, "--output", "stl.ckpt", cwd=folder),
+        "paper": run("stl.py", *few, "--epochs", 2, "--encoder", "nin", "--preset", "paper", "--temperature", 0.5,
+                     "--output", "paper.ckpt", cwd=folder),
         "simclr": run("stl.py", *few, "--encoder", "nin", "--equi", 0, "--trans", 0, "--preset", "paper", "--augmix",
                       "--output", "simclr.ckpt", cwd=folder),
         "probe": run("probe.py", "stl.ckpt", "simclr.ckpt", "--train-sizes", 60, "--classifiers", "knn", "linear",
@@ -145,7 +148,28 @@ def test_stl_trains_and_is_probed_like_any_other(stl_trained):
     assert found == [*trained, *[(None, name, None) for name in rest]]
     assert all(row["passes"] == 1 and row["error_std"] == 0 for row in rows)
     assert all(row["error_mean"] < 0.6 for row in rows if row["checkpoint"] is None)
+    assert "L-BFGS, 100 iterations" in results["probe"].stdout
     assert "L2 weight of 45 from 1e-06 to 100000 chosen on 20% of the labels, refit on all" in results["probe"].stdout
+
+
+def test_stl_trains_as_the_paper_says(stl_trained):
+    """SGD with momentum 0.9, weight decay 5e-4 and a cosine from 0.03 to 0 over the epochs; the paper's preset."""
+    folder, _ = stl_trained
+    checkpoint = torch.load(folder / "paper.ckpt", weights_only=True)
+    (group,) = checkpoint["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"], group["initial_lr"]) == (0.9, 5e-4, 0.03)
+    assert group["lr"] == pytest.approx(0, abs=1e-9)  # after the last of two epochs
+    assert any("momentum_buffer" in state for state in checkpoint["optimizer"]["state"].values())
+    rows = [json.loads(line) for line in (folder / "paper.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["inv"] + row["equi"] + 0.2 * row["trans"], rel=1e-3)
+    assert rows[0]["lr"] == pytest.approx(0.03) and rows[1]["lr"] == pytest.approx(0.015)
+    shapes = [tuple(checkpoint["model"][f"transformation_encoder.{i}.weight"].shape) for i in (0, 3, 6)]
+    assert shapes == [(512, 1024), (512, 512), (128, 512)]
+    # With a temperature of 0.5 the similarities are squeezed: the loss begins nearer to its value for no knowledge.
+    chance = math.log(2 * 64 - 1)
+    usual = json.loads((folder / "simclr.jsonl").read_text().splitlines()[0])
+    assert abs(rows[0]["inv"] - chance) < abs(usual["inv"] - chance)
 
 
 def test_stl_checkpoints_hold_the_map_that_equivariance_is_measured_with(stl_trained):
@@ -171,7 +195,17 @@ def test_pictures_of_stl(stl_trained):
     refused("results/figures.py", "codes", "simclr.ckpt", cwd=folder, code=1, says="no transformation codes")
 
 
+def test_linear_with_one_label_of_each_class_is_left_out(stl_trained):
+    folder, _ = stl_trained
+    out = run("probe.py", "simclr.ckpt", "--train-sizes", 10, "--classifiers", "linear", "knn", cwd=folder).stdout
+    assert "linear, 10 labels: left out, one of each class leaves none to choose the L2 weight on" in out
+    refused("probe.py", "simclr.ckpt", "--train-sizes", 10, "--classifiers", "linear", cwd=folder, code=2,
+            says="give larger --train-sizes")
+
+
 def test_wrong_commands_of_stl(trained, tmp_path):
+    refused("stl.py", "--dataset", "digits", "--image-size", 4, cwd=tmp_path, code=2, says="give 8 or more")
+    refused("stl.py", "--dataset", "digits", "--limit", 1, cwd=tmp_path, code=2, says="one image is too few")
     refused("stl.py", "--equi", 0, "--inv", 0, "--trans", 0, cwd=tmp_path, code=2, says="nothing is left to minimise")
     refused("stl.py", "--equi", "-1", cwd=tmp_path, code=2, says="not a number of 0 or more")
     refused("stl.py", "--preset", "mine", cwd=tmp_path, code=2, says="mine")

@@ -165,31 +165,70 @@ def test_pairs_share_their_transformation_and_neighbouring_pairs_do_not():
         assert not torch.equal(aligned["box"][2 * i], aligned["box"][2 * i + 2])
 
 
-@pytest.mark.parametrize("flags, alike", [([], True), (["--batch", "independent"], False), (["--augmix"], True)])
-def test_the_batches_that_the_script_makes(flags, alike, tmp_path, monkeypatch):
-    """The same image at every place of the data set: views 2i and 2i + 1 are then the same, up to flip and blur."""
-    seen = []
+def first_views(flags, tmp_path, monkeypatch, own=True):
+    """The two views of the first batch that the script makes, 15 digits, all the same image; own=False: no flip, no
+    blur."""
+    seen, asked = [], []
 
     class Stop(Exception):
         pass
 
-    def model(view1, view2):
+    def forward(model, view1, view2):
         seen.append((view1, view2))
         raise Stop
 
-    digit = load_images("digits", "train", image_size=32)[0][:1]
-    monkeypatch.setattr("common.load_images", lambda *args: (digit.expand(64, -1, -1, -1), None, None))
-    monkeypatch.setattr(stl, "sample_flips_and_blurs",
-                        lambda n, generator: {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)})
-    monkeypatch.setattr(stl.STL, "forward", lambda self, *views: model(*views))
+    def images(*args):
+        asked.append(args[1])
+        return load_images("digits", "train", image_size=32)[0][:1].expand(64, -1, -1, -1), None, None
+
+    monkeypatch.setattr("common.load_images", images)
+    if not own:
+        nothing = {"flip": torch.zeros(15, dtype=torch.bool), "sigma": torch.zeros(15)}
+        monkeypatch.setattr(stl, "sample_flips_and_blurs", lambda n, generator: nothing)
+    monkeypatch.setattr(stl.STL, "forward", forward)
     monkeypatch.setattr("sys.argv", ["stl.py", "--dataset", "digits", "--encoder", "nin", "--batch-size", "15",
                                      "--precision", "fp32", "--output", str(tmp_path / "stl.ckpt"), *flags])
     with pytest.raises(Stop):
         stl.main()
-    for view in seen[0]:
+    assert asked == ["train+unlabeled"]  # STL-10's 105,000, as the released code takes them
+    return seen[0]
+
+
+INDEPENDENT = ["--batch", "independent"]
+
+
+@pytest.mark.parametrize("flags, alike", [
+    ([], True), (INDEPENDENT, False), (["--augmix"], True), (["--augmix", *INDEPENDENT], False)])
+def test_the_batches_that_the_script_makes(flags, alike, tmp_path, monkeypatch):
+    """The same image at every place of the data set: views 2i and 2i + 1 are then the same, up to flip and blur."""
+    views = first_views(flags, tmp_path, monkeypatch, own=False)
+    for view in views:
         assert [torch.equal(view[2 * i], view[2 * i + 1]) for i in range(7)] == [alike] * 7
         assert not any(torch.equal(view[2 * i], view[2 * i + 2]) for i in range(7))
-    assert not torch.equal(*seen[0])
+    assert not torch.equal(*views)
+
+
+def test_flips_and_blurs_are_each_images_own_augmix_is_used_and_views_are_normalised(tmp_path, monkeypatch):
+    views = first_views([], tmp_path, monkeypatch)
+    assert sum(not torch.equal(view[2 * i], view[2 * i + 1]) for view in views for i in range(7)) >= 6  # of 14
+    both = torch.stack(views)
+    assert abs(both.mean().item()) < 0.6 and 0.5 < both.std().item() < 1.6
+    monkeypatch.undo()
+    mixed = first_views(["--augmix"], tmp_path, monkeypatch)
+    assert all(not torch.equal(a, b) for a, b in zip(views, mixed, strict=True))
+
+
+def test_defaults_are_the_papers_or_its_codes(monkeypatch):
+    def args(*flags):
+        monkeypatch.setattr("sys.argv", ["stl.py", *flags])
+        return stl.parse_args()
+
+    plain = args("--dataset", "stl10")
+    assert (plain.encoder, plain.image_size, plain.batch_size, plain.epochs) == ("resnet18", 96, 256, 200)
+    assert (plain.lr, plain.weight_decay, plain.temperature) == (0.03, 5e-4, 0.2)
+    assert (plain.inv, plain.equi, plain.trans, plain.preset, plain.batch) == (1, 1, 0.1, "code", "aligned")
+    assert args("--dataset", "cifar10").image_size == 32
+    assert args("--preset", "paper").trans == 0.2 and args("--preset", "paper", "--trans", "0.3").trans == 0.3
 
 
 def test_augmix_mixes_a_pair_alike_and_is_torchvisions(images):
@@ -207,6 +246,17 @@ def test_augmix_mixes_a_pair_alike_and_is_torchvisions(images):
     ours = stl.augmix(twice[:1], 2)
     torch.manual_seed(1)
     assert torch.equal(ours, v2.AugMix()(single).float() / 255)
+
+
+def test_augmix_comes_after_grayscale(images, monkeypatch):
+    """A grey view is mixed from greys: were it the other way round, AugMix would see colours."""
+    seen = []
+    monkeypatch.setattr(stl, "augmix", lambda views, together: seen.append(views) or views)
+    generator = torch.Generator().manual_seed(4)
+    shared, own = stl.sample_transformations(40, 32, generator), stl.sample_flips_and_blurs(40, generator)
+    stl.transform(images, torch.arange(40), shared, own, (torch.ones(3), torch.zeros(3)), augmix_together=2)
+    grey = seen[0].amax(1).sub(seen[0].amin(1)).amax((1, 2)) < 1e-6
+    assert shared["grey"].sum() > 3 and grey[shared["grey"]].all()
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

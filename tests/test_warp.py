@@ -202,7 +202,8 @@ def test_wrong_arguments_get_a_clear_exception():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [(32, 32), (9, 14)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+# Source points are float32: some millionths of a pixel off, times slopes of up to 5 a pixel.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)])
 def test_training_form_equals_its_parts_one_after_the_other(size, dtype, tolerance, device):
     images, n = random_images(50, *size).to(device), 200
     generator = torch.Generator().manual_seed(1)
@@ -216,8 +217,6 @@ def test_training_form_equals_its_parts_one_after_the_other(size, dtype, toleran
         batch = batch if k is None else projective_warp_reference(batch, k)
         m, s = torch.tensor(mean, device=device)[:, None, None], torch.tensor(std, device=device)[:, None, None]
         assert result.dtype == dtype
-        if device == "cuda" and dtype == torch.float32:
-            tolerance = 5e-5  # source points in float32: a hundred-thousandth of a pixel, on slopes of 5 a pixel
         assert (result.float() - (batch / 255 - m) / s).abs().max() < tolerance
 
 
@@ -268,10 +267,34 @@ def test_anything_a_user_may_give_equals_the_reference(device):
         expected = expected if crops is None else crop_and_flip_reference(expected, crops)
         expected = projective_warp_reference(expected, coefficients, fill, window)
         plain = warp_batch(images, index, crops, coefficients, None, None, torch.float32, fill, window)
-        assert (plain - expected).abs().max() < (2e-3 if device == "cuda" else 2e-4), seed
+        assert (plain - expected).abs().max() < 0.01, seed  # grey levels; what is filled differs by far more
         normal = warp_batch(images, index, crops, coefficients, scale, shift, torch.float32, fill, window)
         expected = expected * scale[:, None, None] + shift[:, None, None]
-        assert (normal - expected).abs().max() < (3e-3 if device == "cuda" else 3e-4), seed
+        assert (normal - expected).abs().max() < 0.015, seed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_window_beyond_the_image_is_cut_to_it(device):
+    image = random_images(1, 8, 8, dtype=torch.float32).to(device)
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    far = 2**63 - 1
+    for window, filled in (((-2, -2, 6, 6), 48), ((5, 5, 6, 6), 55), ((-far, -far, far, far), 64),
+                           ((0, 0, far, far), 0), ((3, 3, -1, 4), 64), ((-3, 2, 20, 4), 32)):
+        rows = torch.tensor([window], device=device)
+        warped = warp_batch(image, index, None, IDENTITY.to(device), fill=-1.0, window=rows)
+        assert (warped[0, 0] == -1).sum() == filled, window
+        kept = warped != -1
+        assert torch.equal(warped[kept], image[kept]), window
+        if max(window) < far:
+            assert torch.equal(warped, projective_warp_reference(image, IDENTITY.to(device), -1.0, rows)), window
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_images_are_as_exact_as_the_reference(device):
+    images = random_images(1, 40, 600, dtype=torch.float32).to(device)
+    coefficients = draw(1, (40, 600)).to(device)
+    difference = projective_warp(images, coefficients) - projective_warp_reference(images, coefficients)
+    assert difference.abs().max() < 0.01
 
 
 def test_every_instruction_set_gives_the_same_bits():
