@@ -19,6 +19,10 @@ so that a code can be matched, and used, across images:
 Published: ResNet-18 trained on STL-10, linear classification of STL-10 84.83 %, mean over 11 other data sets 49.49 %
 (SimCLR 84.74 and 43.72).
 
+Measured so far at a small scale only (10,000 images of CIFAR-10 as JPEG, 6 epochs, batch 128, seed 0, two CPU cores,
+torch 2.15; error of k-NN and linear classification with 5,000 labels): STL .641 and .552, L_inv alone .646 and .564,
+--batch independent .627 and .536 with codes that collapse, an untrained encoder .724 and .627. The README has the rest.
+
 Read as follows. All of it goes both ways, 1 to 2 and 2 to 1, and both are in one NT-Xent: of 4N - 1 candidates for
 L_equi, of 2N - 1 for the other two. What is compared has passed a projector (512-512-128 for features, 128-128-128 for
 codes). Each view is encoded by itself, so batch normalisation sees one view at a time. Paper and released code differ

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import json
-import math
 import os
 import runpy
 import shutil
@@ -124,7 +123,7 @@ def stl_trained(tmp_path_factory):
     few = ["--dataset", "digits", "--limit", 131, "--epochs", 1, "--batch-size", 64, "--image-size", 16]
     results = {
         "stl": run("stl.py", *few, "--output", "stl.ckpt", cwd=folder),
-        "paper": run("stl.py", *few, "--epochs", 2, "--encoder", "nin", "--preset", "paper", "--temperature", 0.5,
+        "paper": run("stl.py", *few, "--epochs", 2, "--encoder", "nin", "--preset", "paper",
                      "--output", "paper.ckpt", cwd=folder),
         "simclr": run("stl.py", *few, "--encoder", "nin", "--equi", 0, "--trans", 0, "--preset", "paper", "--augmix",
                       "--output", "simclr.ckpt", cwd=folder),
@@ -166,10 +165,6 @@ def test_stl_trains_as_the_paper_says(stl_trained):
     assert rows[0]["lr"] == pytest.approx(0.03) and rows[1]["lr"] == pytest.approx(0.015)
     shapes = [tuple(checkpoint["model"][f"transformation_encoder.{i}.weight"].shape) for i in (0, 3, 6)]
     assert shapes == [(512, 1024), (512, 512), (128, 512)]
-    # With a temperature of 0.5 the similarities are squeezed: the loss begins nearer to its value for no knowledge.
-    chance = math.log(2 * 64 - 1)
-    usual = json.loads((folder / "simclr.jsonl").read_text().splitlines()[0])
-    assert abs(rows[0]["inv"] - chance) < abs(usual["inv"] - chance)
 
 
 def test_stl_checkpoints_hold_the_map_that_equivariance_is_measured_with(stl_trained):

@@ -218,6 +218,22 @@ def test_flips_and_blurs_are_each_images_own_augmix_is_used_and_views_are_normal
     assert all(not torch.equal(a, b) for a, b in zip(views, mixed, strict=True))
 
 
+def test_weights_and_temperature_reach_the_loss(tmp_path, monkeypatch):
+    given = []
+
+    def loss(compared, weights, temperature):
+        given.append((weights, temperature))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stl, "stl_loss", loss)
+    monkeypatch.setattr("sys.argv", [
+        "stl.py", "--dataset", "digits", "--image-size", "8", "--encoder", "nin", "--limit", "8", "--batch-size", "8",
+        "--preset", "paper", "--inv", "0", "--equi", "3", "--temperature", "0.5", "--output", str(tmp_path / "a.ckpt")])
+    with pytest.raises(KeyboardInterrupt):
+        stl.main()
+    assert given == [({"equi": 3.0, "trans": 0.2}, 0.5)]
+
+
 def test_defaults_are_the_papers_or_its_codes(monkeypatch):
     def args(*flags):
         monkeypatch.setattr("sys.argv", ["stl.py", *flags])
