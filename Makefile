@@ -61,10 +61,10 @@ demo: setup
 	$(BIN)/python vte_ba.py $(PHASE_TWO) --output $(RUNS)/vte_ba.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic separated --output $(RUNS)/infonce1.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic concatenated --output $(RUNS)/infonce2.ckpt
-	$(BIN)/python stl.py --dataset digits --encoder nin --batch-size 128 --epochs 3 --output $(RUNS)/stl.ckpt
+	$(BIN)/python stl.py --dataset digits --encoder nin --batch-size 128 --epochs 2 --output $(RUNS)/stl.ckpt
 	$(BIN)/python results/figures.py transformations --dataset digits --output $(RUNS)/transformations.png
 	$(BIN)/python results/figures.py curves $(RUNS)/*.jsonl --output $(RUNS)/curves.png
-	$(BIN)/python results/figures.py codes $(RUNS)/stl.ckpt --pairs 200 --output $(RUNS)/codes.png
+	$(BIN)/python results/figures.py codes $(RUNS)/stl.ckpt --pairs 100 --output $(RUNS)/codes.png
 	$(BIN)/python probe.py $(addprefix $(RUNS)/,avt.ckpt pt.ckpt vte_ba.ckpt infonce1.ckpt infonce2.ckpt stl.ckpt) \
 	    --train-sizes 500 100 --json $(RUNS)/probe.json --markdown $(RUNS)/probe.md
 	@echo "pictures: $(RUNS)/transformations.png $(RUNS)/curves.png $(RUNS)/codes.png; tables: $(RUNS)/probe.md"
