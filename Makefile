@@ -61,7 +61,7 @@ demo: setup
 	$(BIN)/python vte_ba.py $(PHASE_TWO) --output $(RUNS)/vte_ba.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic separated --output $(RUNS)/infonce1.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic concatenated --output $(RUNS)/infonce2.ckpt
-	$(BIN)/python stl.py --dataset digits --encoder nin --batch-size 128 --epochs 2 --output $(RUNS)/stl.ckpt
+	$(BIN)/python stl.py --dataset digits --encoder nin --batch-size 100 --limit 700 --epochs 2 --output $(RUNS)/stl.ckpt
 	$(BIN)/python results/figures.py transformations --dataset digits --output $(RUNS)/transformations.png
 	$(BIN)/python results/figures.py curves $(RUNS)/*.jsonl --output $(RUNS)/curves.png
 	$(BIN)/python results/figures.py codes $(RUNS)/stl.ckpt --pairs 100 --output $(RUNS)/codes.png
