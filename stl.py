@@ -82,9 +82,9 @@ def sample_transformations(n, size, generator=None):
     corner = torch.rand(n, 2, **draw).clamp(max=1 - 1e-6)
     top, left = (corner[:, 0] * (size - height + 1)).floor(), (corner[:, 1] * (size - width + 1)).floor()
 
-    spread = torch.tensor([0.4, 0.4, 0.4, 0.1], device=area.device)
-    unchanged = torch.tensor([1.0, 1.0, 1.0, 0.0], device=area.device)
-    jitter = (2 * torch.rand(n, 4, **draw) - 1) * spread
+    is_hue = torch.arange(4, device=area.device) == HUE
+    unchanged = torch.where(is_hue, 0.0, 1.0)
+    jitter = (2 * torch.rand(n, 4, **draw) - 1) * torch.where(is_hue, 0.1, 0.4)
     return {
         "box": torch.stack([top, left, height, width], 1).long(),
         "factors": unchanged + torch.where(torch.rand(n, 1, **draw) < 0.8, jitter, 0.0),
@@ -130,7 +130,7 @@ def adjust_hue(images, turns):
     divisor = torch.where(chroma > 0, chroma, 1.0)
     sextant = torch.where(value == red, (green - blue) / divisor,
                           torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor))
-    channel = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    channel = torch.arange(5.0, 0.0, -2.0, device=images.device)[:, None, None]  # 5, 3, 1 for red, green, blue
     distance = (sextant[:, None] + 6 * turns + channel) % 6  # (N, 3, H, W), round the hexagon
     return value[:, None] - chroma[:, None] * torch.minimum(distance, 4 - distance).clamp(0, 1)
 

@@ -21,7 +21,7 @@ from setup import cuda_version, find_cuda_home  # noqa: E402
 
 REGISTERS, THREADS_OF_BLOCK = 65536, 256
 MOST_THREADS = {"7.5": 1024, "8.0": 2048, "8.6": 1536, "8.9": 1536, "9.0": 2048, "10.0": 2048, "12.0": 1536}
-KERNEL = re.compile(r"(image_kernel|forward_kernel|backward_kernel)<(.*?)>\(")
+KERNEL = re.compile(r"(image_kernel|float64_kernel|backward_kernel)(?:<(.*?)>)?\(")
 
 
 def main():
@@ -40,12 +40,13 @@ def main():
     rows = []
     for part in report.split("Compiling entry function")[1:]:
         name, arguments = KERNEL.search(part).groups()
-        arguments = arguments.replace("c10::", "").replace("unsigned char", "uint8")
+        kernel = f"{name}<{arguments}>" if arguments else name
+        kernel = kernel.replace("c10::", "").replace("unsigned char", "uint8")
         registers = int(re.search(r"Used (\d+) registers", part).group(1))
         stored, loaded = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
         blocks = REGISTERS // (-(-registers // 8) * 8 * THREADS_OF_BLOCK)
         most = MOST_THREADS[args.architecture]
-        rows.append({"kernel": f"{name}<{arguments}>", "registers": registers, "spill_bytes_stored": stored,
+        rows.append({"kernel": kernel, "registers": registers, "spill_bytes_stored": stored,
                      "spill_bytes_loaded": loaded, "occupancy": min(blocks * THREADS_OF_BLOCK, most) / most})
     rows.sort(key=lambda row: row["kernel"])
     for row in rows:

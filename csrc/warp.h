@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -122,11 +123,11 @@ WARP_INLINE bool inside(const View& view, const Point& p) {
          p.v >= static_cast<double>(view.top) && p.v < static_cast<double>(view.bottom);
 }
 
-// A map for float32, about the centres of image and window: u - centre = (au x + bu y + cu) / (g x + h y + w), v likewise, with x and
-// y counted from the centre of the output. Computed once for an image, in float64. Near the centre float32 is precise, to
-// about a hundred-thousandth of a pixel at 32 x 32. Whether a point is inside is still decided as in float64: a point too
+// A map for float32, about the centres of image and window: u - centre = (au x + bu y + cu) / (g x + h y + w), v
+// likewise, with x and y counted from the centre of the output. Computed once for an image, in float64. Near the centre
+// float32 is precise, to about a hundred-thousandth of a pixel at 32 x 32. Whether a point is inside is still decided as in float64: a point too
 // close to the border for float32 to tell, and all points of a map whose horizon comes near the image, are to be computed
-// once more, by source_point, as are all points of images of more than 512 pixels a side.
+// once more, by source_point, as are all points of images of more than 256 pixels a side.
 struct CentredMap {
   float au, bu, cu, av, bv, cv, g, h, w;
   float half_u, half_v;    // of the window: inside is -half <= u - centre < half
@@ -146,12 +147,16 @@ WARP_INLINE CentredMap centre(const Coefficients& k, const View& view, int64_t h
   const double unit = 1.0 / (1 << 21);
   const double doubt_u = unit * ((fabs(au) * x + fabs(bu) * y + fabs(cu) + half_u * most) / least + half_u);
   const double doubt_v = unit * ((fabs(av) * x + fabs(bv) * y + fabs(cv) + half_v * most) / least + half_v);
-  const bool small = height <= 512 && width <= 512;  // above that float32 would no longer be precise enough
+  const bool small = height <= 256 && width <= 256;  // above that float32 is off by more than 0.01 grey levels
   const bool sound = small && least > 1e-3 && most < 1e3 && doubt_u < 1 && doubt_v < 1;
   const auto f = [](double value) { return static_cast<float>(value); };
   return {f(au), f(bu), f(cu), f(av), f(bv), f(cv), f(k.g), f(k.h), f(w),
           f(half_u), f(half_v), f(doubt_u), f(doubt_v), !sound};
 }
+
+// Channels that the kernels pack into one 32-bit word of a pixel.
+template <typename In>
+constexpr int kPacked = std::is_same_v<In, uint8_t> ? 3 : 1;
 
 // The four taps of a point inside: offsets in the order (y0 x0) (y0 x1) (y1 x0) (y1 x1), and the fractions.
 template <typename Real>

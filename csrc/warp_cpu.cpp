@@ -65,11 +65,8 @@ struct Frame {
 };
 
 template <typename In>
-constexpr int64_t kChannelsInWord = std::is_same_v<In, uint8_t> ? 3 : 1;
-
-template <typename In>
 Frame make_frame(const Warp& w) {
-  constexpr int64_t packed = kChannelsInWord<In>;
+  constexpr int64_t packed = kPacked<In>;
   const int64_t planes = (w.channels + packed - 1) / packed, pitch = w.width + 2;
   return {0, 0, pitch, planes, std::vector<uint32_t>(planes * (w.height + 2) * pitch + kLanes)};
 }
@@ -128,7 +125,7 @@ ALWAYS_INLINE void fill_plane(const Warp& w, const View& view, const Frame& fram
 
 template <typename In>
 ALWAYS_INLINE void fill_frame(const Warp& w, const View& view, Frame& frame) {
-  constexpr int64_t packed = kChannelsInWord<In>;
+  constexpr int64_t packed = kPacked<In>;
   frame.rows = view.bottom - view.top, frame.columns = view.end - view.left;
   if (frame.rows == 0 || frame.columns == 0) return;
   for (int64_t p = 0; p < frame.planes; ++p) {
@@ -153,18 +150,19 @@ ALWAYS_INLINE float select(int32_t mask, float value, float other) {
 // What turns a point into a place of the frame. A flipped view's frame is mirrored: there column `left` is column
 // columns - left (which is ~left + columns + 1), and the fraction 1 - fx.
 struct Placing {
-  float to_column, to_row, start, sign;
+  float start, sign;
   int32_t columns, rows, pitch, mirror, origin;
 };
 
-ALWAYS_INLINE void place(const Placing p, float u, float v, int32_t mask, int32_t* __restrict__ at,
+// column, row: of the frame, border included; 0 where mask is.
+template <typename Real>
+ALWAYS_INLINE void place(const Placing p, Real column, Real row, int32_t mask, int32_t* __restrict__ at,
                          int32_t* __restrict__ inside, float* __restrict__ fx, float* __restrict__ fy) {
-  const float column = select(mask, u + p.to_column, 0.0f), row = select(mask, v + p.to_row, 0.0f);
   int32_t left = static_cast<int32_t>(column), top = static_cast<int32_t>(row);
   left = left < p.columns ? left : p.columns, top = top < p.rows ? top : p.rows;  // had the sum been rounded up
   *inside = mask;
-  *fx = p.start + p.sign * (column - static_cast<float>(left));
-  *fy = row - static_cast<float>(top);
+  *fx = p.start + p.sign * static_cast<float>(column - static_cast<Real>(left));
+  *fy = static_cast<float>(row - static_cast<Real>(top));
   *at = (top * p.pitch + (left ^ p.mirror) + p.origin) & mask;
 }
 
@@ -176,7 +174,8 @@ ALWAYS_INLINE void locate(const Warp& w, const Coefficients& k, const CentredMap
   const float au = m.au, bu = m.bu * y + m.cu, av = m.av, bv = m.bv * y + m.cv, g = m.g, h = m.h * y + m.w;
   const float half_u = m.half_u, half_v = m.half_v, doubt_u = m.doubt_u, doubt_v = m.doubt_v;
   const int32_t columns = frame.columns, rows = frame.rows, pitch = frame.pitch;
-  const Placing p{half_u + 0.5f, half_v + 0.5f, view.flip ? 1.0f : 0.0f, view.flip ? -1.0f : 1.0f,
+  const float to_column = half_u + 0.5f, to_row = half_v + 0.5f;
+  const Placing p{view.flip ? 1.0f : 0.0f, view.flip ? -1.0f : 1.0f,
                   columns, rows, pitch, view.flip ? -1 : 0, view.flip ? columns + 1 : 0};
   int32_t certain = 0;
   for (int j = 0; j < count; ++j) {
@@ -184,18 +183,17 @@ ALWAYS_INLINE void locate(const Warp& w, const Coefficients& k, const CentredMap
     const float u = (au * x + bu) * inverse, v = (av * x + bv) * inverse;
     const float past_u = std::fabs(u) - half_u, past_v = std::fabs(v) - half_v;
     const int32_t sure_u = std::fabs(past_u) > doubt_u ? 1 : 0, sure_v = std::fabs(past_v) > doubt_v ? 1 : 0;
-    const int32_t inside_u = past_u < 0.0f ? -1 : 0, inside_v = past_v < 0.0f ? -1 : 0;
+    const int32_t inside_u = past_u < 0.0f ? -1 : 0, inside_v = past_v < 0.0f ? -1 : 0, mask = inside_u & inside_v;
     certain += sure_u & sure_v;
-    place(p, u, v, inside_u & inside_v, block.at + j, block.inside + j, block.fx + j, block.fy + j);
+    place(p, select(mask, u + to_column, 0.0f), select(mask, v + to_row, 0.0f), mask, block.at + j, block.inside + j,
+          block.fx + j, block.fy + j);
   }
   if (certain == count && !m.exact) return;
-  const double center_u = 0.5 * (view.left + view.end), center_v = 0.5 * (view.top + view.bottom);
   for (int j = 0; j < count; ++j) {
     const Point point = source_point(k, row, column + j);
     const bool is_inside = inside(view, point);
-    const float u = is_inside ? static_cast<float>(point.u - center_u) : 0.0f;
-    const float v = is_inside ? static_cast<float>(point.v - center_v) : 0.0f;
-    place(p, u, v, -static_cast<int32_t>(is_inside), block.at + j, block.inside + j, block.fx + j, block.fy + j);
+    place(p, is_inside ? point.u - view.left + 0.5 : 0.0, is_inside ? point.v - view.top + 0.5 : 0.0,
+          -static_cast<int32_t>(is_inside), block.at + j, block.inside + j, block.fx + j, block.fy + j);
   }
 }
 
@@ -289,7 +287,7 @@ ALWAYS_INLINE void prefetch(const Warp& w, int64_t n) {
 template <typename In, typename Out>
 ALWAYS_INLINE void forward_images(const Warp& w, int64_t begin, int64_t end, void* all) {
   using Stored = decltype(converted<Out>(0.0f));
-  constexpr int64_t packed = kChannelsInWord<In>;
+  constexpr int64_t packed = kPacked<In>;
   Frame frame = make_frame<In>(w);
   Block block;
   alignas(64) uint32_t above[2 * kBlock], below[2 * kBlock];
@@ -429,7 +427,7 @@ ALWAYS_INLINE void empty_plane(const Warp& w, const View& view, const Frame& fra
 template <typename In>
 ALWAYS_INLINE void backward_images(const Warp& w, int64_t begin, int64_t end, const float* all_grad, float* grad_images,
                                    double* grad_coefficients) {
-  constexpr int64_t packed = kChannelsInWord<In>;
+  constexpr int64_t packed = kPacked<In>;
   const int64_t pixels = w.height * w.width;
   Frame frame = make_frame<In>(w);
   const int64_t plane_words = (w.height + 2) * frame.pitch;

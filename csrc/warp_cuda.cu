@@ -25,36 +25,21 @@ using BFloat16 = torch::headeronly::BFloat16;
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 20;  // beyond this each block takes several tiles
 
-template <typename Out, typename Real>
-__device__ __forceinline__ Out convert(Real value) {
-  if constexpr (std::is_same_v<Out, uint8_t>) {
-    return static_cast<uint8_t>(rint(fmin(fmax(value, Real(0)), Real(255))));
-  } else {
-    return static_cast<Out>(value);
-  }
-}
-
 // float64 images: everything in float64, one thread for each pixel of all images.
-template <typename Real, typename In, typename Out>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const Warp w, Out* __restrict__ output) {
+__global__ void __launch_bounds__(kThreads) float64_kernel(const Warp w, double* __restrict__ output) {
   const int64_t pixels = w.height * w.width, total = w.batch * pixels;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += stride) {
     const int64_t n = i / pixels, pixel = i - n * pixels;
     const View view = load_view(w, n);
     const Point point = source_point(load_coefficients(w, n), pixel / w.width, pixel % w.width);
-    Out* out = output + n * w.channels * pixels + pixel;
-    if (view.image < 0) {  // an index out of range, which cannot raise from here without a synchronisation
-      for (int64_t c = 0; c < w.channels; ++c) out[c * pixels] = convert<Out>(static_cast<Real>(nan("")));  // uint8: 0
-    } else if (inside(view, point)) {
-      const Taps<Real> t = taps<Real>(w, view, point);
-      for (int64_t c = 0; c < w.channels; ++c) {
-        out[c * pixels] = convert<Out>(normalized(w, bilinear<Real, In>(w, t, c), c));
-      }
-    } else {
-      for (int64_t c = 0; c < w.channels; ++c) {
-        out[c * pixels] = convert<Out>(normalized(w, static_cast<Real>(w.fill), c));
-      }
+    double* out = output + n * w.channels * pixels + pixel;
+    const bool is_inside = view.image >= 0 && inside(view, point);
+    const Taps<double> t = is_inside ? taps<double>(w, view, point) : Taps<double>{};
+    // An index out of range, which cannot raise from here without a synchronisation, makes the image NaN.
+    const double outside = view.image < 0 ? nan("") : w.fill;
+    for (int64_t c = 0; c < w.channels; ++c) {
+      out[c * pixels] = normalized(w, is_inside ? bilinear<double, double>(w, t, c) : outside, c);
     }
   }
 }
@@ -64,21 +49,35 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Warp w, Out* __
 constexpr int kColumns = 32, kRows = kThreads / kColumns;  // a block's threads, over the pixels of an image
 constexpr size_t kMaxShared = 48 << 10;                    // what every device grants without being asked
 
-// Where a pixel is read: u, v from the centre of the window; false if outside.
-WARP_INLINE bool locate(const CentredMap& m, const Warp& w, int64_t n, int row, int column, float& u, float& v) {
+// Where a pixel is read: the upper left tap, counted in the window with its border, and the fractions.
+struct Place {
+  bool inside;
+  int left, top;
+  float fx, fy;
+};
+
+template <typename Real>
+WARP_INLINE Place place(Real column, Real row, int columns, int rows) {
+  int left = static_cast<int>(column), top = static_cast<int>(row);
+  left = left > columns ? columns : left, top = top > rows ? rows : top;  // had it been rounded up
+  return {true, left, top, static_cast<float>(column - left), static_cast<float>(row - top)};
+}
+
+WARP_INLINE Place locate(const CentredMap& m, const Warp& w, int64_t n, int row, int column, int columns, int rows) {
   const float x = static_cast<float>(column) + 0.5f - 0.5f * static_cast<int>(w.width);
   const float y = static_cast<float>(row) + 0.5f - 0.5f * static_cast<int>(w.height);
   const float inverse = 1.0f / fmaf(m.g, x, fmaf(m.h, y, m.w));
-  u = fmaf(m.au, x, fmaf(m.bu, y, m.cu)) * inverse;
-  v = fmaf(m.av, x, fmaf(m.bv, y, m.cv)) * inverse;
+  const float u = fmaf(m.au, x, fmaf(m.bu, y, m.cu)) * inverse;
+  const float v = fmaf(m.av, x, fmaf(m.bv, y, m.cv)) * inverse;
   const float past_u = fabsf(u) - m.half_u, past_v = fabsf(v) - m.half_v;
-  if (!m.exact && fabsf(past_u) > m.doubt_u && fabsf(past_v) > m.doubt_v) return past_u < 0 && past_v < 0;
+  const Place outside{false, 1, 1, 0, 0};
+  if (!m.exact && fabsf(past_u) > m.doubt_u && fabsf(past_v) > m.doubt_v) {
+    return past_u < 0 && past_v < 0 ? place(u + (m.half_u + 0.5f), v + (m.half_v + 0.5f), columns, rows) : outside;
+  }
   const View view = load_view(w, n);  // once more, in float64: few pixels come here
   const Point point = source_point(load_coefficients(w, n), row, column);
-  if (!inside(view, point)) return false;
-  u = static_cast<float>(point.u - 0.5 * (view.left + view.end));
-  v = static_cast<float>(point.v - 0.5 * (view.top + view.bottom));
-  return true;
+  if (!inside(view, point)) return outside;
+  return place(point.u - view.left + 0.5, point.v - view.top + 0.5, columns, rows);
 }
 
 // The layout of an image in shared memory: the view's window, in the direction the source has, a border around it.
@@ -96,10 +95,9 @@ WARP_INLINE Tile make_tile(const Warp& w, const View& view) {
 }
 
 template <typename In>
-constexpr int kPacked = std::is_same_v<In, uint8_t> ? 3 : 1;  // channels in a word
-
-template <typename In>
-int planes_of(const Warp& w) { return static_cast<int>((w.channels + kPacked<In> - 1) / kPacked<In>); }
+WARP_INLINE int planes_of(const Warp& w) {
+  return static_cast<int>((w.channels + kPacked<In> - 1) / kPacked<In>);
+}
 
 WARP_INLINE uint32_t bits_of(float value) {
 #ifdef __CUDA_ARCH__
@@ -240,47 +238,41 @@ WARP_INLINE void sample(const Warp& w, const View& view, int64_t n, const Centre
   float scales[kChannels > 0 ? kChannels : 1], shifts[kChannels > 0 ? kChannels : 1];
   for (int c = 0; c < kChannels; ++c) scales[c] = scale_of(w, c), shifts[c] = shift_of(w, c);
   const float fill = static_cast<float>(w.fill);
-  const float to_row = m.half_v + 0.5f, to_column = m.half_u + 0.5f;  // rows and columns of the tile, border included
   for (int row = first_row + thread / kColumns; row < past_row; row += kRows) {
     for (int column = thread % kColumns; column < width; column += kColumns) {
-      float u, v;
-      const bool is_inside = locate(m, w, n, row, column, u, v);
-      u = is_inside ? u + to_column : 1.0f, v = is_inside ? v + to_row : 1.0f;  // at least 1/2
-      int left = static_cast<int>(u), top = static_cast<int>(v);
-      left = left > t.columns ? t.columns : left, top = top > t.rows ? t.rows : top;  // had it been rounded up
-      float fx = u - left;
-      const float fy = v - top;
-      if (view.flip) left = t.columns - left, fx = 1 - fx;  // the tile is mirrored
+      const Place p = locate(m, w, n, row, column, t.columns, t.rows);
+      const int top = p.top, left = view.flip ? t.columns - p.left : p.left;  // a flipped view's tile is mirrored
+      const float fx = view.flip ? 1 - p.fx : p.fx, fy = p.fy;
       int64_t at[4];
       if constexpr (!kStaged) {
         const int rows[2] = {top < 1 ? 0 : top - 1, top >= t.rows ? t.rows - 1 : top};
         const int columns[2] = {left < 1 ? 0 : left - 1, left >= t.columns ? t.columns - 1 : left};
         for (int i = 0; i < 4; ++i) {
           const int y = rows[i / 2] + t.down, x = columns[i % 2] + t.origin;
-          const bool black = !is_inside || y < 0 || y >= height || x < 0 || x >= width;
+          const bool black = !p.inside || y < 0 || y >= height || x < 0 || x >= width;
           at[i] = black ? -1 : view.image * w.stride_n + y * w.stride_h + x * w.stride_w;
         }
       }
       Out* out = output + static_cast<int64_t>(row) * width + column;
 #pragma unroll
-      for (int p = 0; p * kPacked<In> < channels; ++p) {
+      for (int plane = 0; plane * kPacked<In> < channels; ++plane) {
         uint32_t word[4];
         if constexpr (kStaged) {
-          const uint32_t* from = tile + p * t.plane + top * t.pitch + left;
+          const uint32_t* from = tile + plane * t.plane + top * t.pitch + left;
           word[0] = from[0], word[1] = from[1], word[2] = from[t.pitch], word[3] = from[t.pitch + 1];
         } else {
           for (int i = 0; i < 4; ++i) {
-            word[i] = at[i] < 0 ? 0 : load_word(w, static_cast<const In*>(w.images) + at[i], p);
+            word[i] = at[i] < 0 ? 0 : load_word(w, static_cast<const In*>(w.images) + at[i], plane);
           }
         }
 #pragma unroll
         for (int i = 0; i < kPacked<In>; ++i) {
-          const int c = p * kPacked<In> + i;
+          const int c = plane * kPacked<In> + i;
           if (c >= channels) break;
           const float p00 = channel_of<In>(word[0], i), p01 = channel_of<In>(word[1], i);
           const float p10 = channel_of<In>(word[2], i), p11 = channel_of<In>(word[3], i);
           const float above = p00 * (1 - fx) + p01 * fx, below = p10 * (1 - fx) + p11 * fx;
-          const float value = is_inside ? above * (1 - fy) + below * fy : fill;
+          const float value = p.inside ? above * (1 - fy) + below * fy : fill;
           if constexpr (kChannels > 0) {
             store(out + c * pixels, value, scales[c], shifts[c]);
           } else {
@@ -297,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 4) image_kernel(const Warp w, bool b
                                                             Out* __restrict__ output) {
   extern __shared__ uint32_t tile[];
   __shared__ CentredMap map;
-  const int planes = static_cast<int>((w.channels + kPacked<In> - 1) / kPacked<In>), thread = threadIdx.x;
+  const int planes = planes_of<In>(w), thread = threadIdx.x;
   const int height = static_cast<int>(w.height), first = blockIdx.y * rows_of_block;
   const int past = first + rows_of_block < height ? first + rows_of_block : height;
   for (int64_t n = blockIdx.x; n < w.batch; n += gridDim.x) {
@@ -403,11 +395,10 @@ void forward_images(const Warp& w, void* output, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename Real, typename In, typename Out>
-void forward(const Warp& w, void* output, cudaStream_t stream) {
+void forward_float64(const Warp& w, void* output, cudaStream_t stream) {
   const int64_t blocks = std::min((w.batch * w.height * w.width + kThreads - 1) / kThreads, kMaxBlocks);
   if (blocks == 0) return;
-  forward_kernel<Real, In, Out><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(w, static_cast<Out*>(output));
+  float64_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(w, static_cast<double*>(output));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -424,7 +415,7 @@ void backward(const Warp& w, const void* grad, void* grad_images, double* grad_c
 
 void warp_cuda(const Warp& w, Type in, Type out, void* output, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  if (in == Type::float64) return forward<double, double, double>(w, output, stream);
+  if (in == Type::float64) return forward_float64(w, output, stream);
   if (in == Type::float32 && out == Type::float32) return forward_images<float, float>(w, output, stream);
   if (in == Type::float32) return forward_images<float, BFloat16>(w, output, stream);
   if (out == Type::uint8) return forward_images<uint8_t, uint8_t>(w, output, stream);
