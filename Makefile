@@ -1,5 +1,7 @@
 # make demo    all methods trained and probed on scikit-learn's digits, offline
 # make test    the tests
+# make fuzz    the warp under 10,000 and more generated calls
+# make sanitize   the warp's C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench   the warp against what else there is, on the CPU; installs those libraries too
 # make bench-gpu  on a GPU: tests, sanitizer, resources of the kernels, benchmark
 # make lint    ruff
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: demo test bench bench-gpu lint setup clean
+.PHONY: demo test fuzz sanitize bench bench-gpu lint setup clean
 
 setup: $(VENV)/.built
 
@@ -32,6 +34,19 @@ $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
 
 test: setup
 	$(BIN)/python -m pytest
+
+fuzz: setup
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py
+
+# Python itself is not instrumented, so the sanitizer's runtime is loaded first, and libstdc++ for it to see exceptions.
+# A giant allocation is to fail as it would without it; inductor compiles in processes of its own.
+SANITIZED := build/sanitize
+sanitize: setup
+	MINTER_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    PYTHONPATH=$(SANITIZED) HYPOTHESIS_PROFILE=sanitize \
+	    $(BIN)/python -m pytest tests/test_warp.py tests/test_fuzz.py -k 'not graph_break'
 
 bench: setup
 	$(PIP) --quiet kornia opencv-python-headless
@@ -70,4 +85,4 @@ demo: setup
 	@echo "pictures: $(RUNS)/transformations.png $(RUNS)/curves.png $(RUNS)/codes.png; tables: $(RUNS)/probe.md"
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs/demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info runs/demo .pytest_cache .ruff_cache .hypothesis

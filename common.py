@@ -11,9 +11,14 @@ import hashlib
 import json
 import math
 import os
+import pickletools
+import re
+import stat
 import sys
 import tempfile
 import time
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,11 +35,16 @@ except ImportError as error:
 CUDA_ARCHITECTURES = minter_warp and minter_warp.build_info()["cuda_architectures"]
 
 
+def printable(text):
+    """Names come off disks: what a terminal would act on is shown as an escape, and all of it on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(Exception):
     """One sentence for the user: what was wrong and what to do. Exit code 1; 2 when the command itself was wrong."""
 
     def __init__(self, message, exit_code=1):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
 
@@ -118,6 +128,10 @@ class ResNet18(nn.Module):
 
     def forward(self, images):
         return self.trunk(images).float()
+
+
+ENCODERS = ("nin", "alexnet", "resnet18")
+MAX_IMAGE_SIZE = 1024  # beyond it NIN's heads alone would take gigabytes
 
 
 def build_encoder(name, image_size=32, probabilistic=True):
@@ -274,6 +288,8 @@ def projective_warp(images, coefficients, fill=128.0):
     a side the points are otherwise float32, within 0.01 grey levels of the reference's float64. Raises ValueError and
     TypeError.
     """
+    if not isinstance(images, torch.Tensor) or not isinstance(coefficients, torch.Tensor):
+        raise TypeError(f"projective_warp takes tensors, not {type(images).__name__} and {type(coefficients).__name__}")
     if images.dim() != 4 or coefficients.shape != (len(images), 8):
         raise ValueError(f"projective_warp takes images (N, C, H, W) and coefficients (N, 8), "
                          f"not {tuple(images.shape)} and {tuple(coefficients.shape)}")
@@ -326,17 +342,25 @@ def normalization(mean, std, device="cpu"):
 
 if minter_warp is not None:
 
+    def _check_devices(images, *others):
+        if any(other is not None and other.device != images.device for other in others):
+            raise ValueError("minter::warp: all tensors are to be on one device")
+
     @torch.library.register_fake("minter::warp")
     def _(images, coefficients, index, crop, window, scale, shift, fill, dtype):
+        _check_devices(images, coefficients, index, crop, window, scale, shift)
         return images.new_empty((len(images) if index is None else len(index), *images.shape[1:]), dtype=dtype)
 
     @torch.library.register_fake("minter::warp_backward")
     def _(grad, images, coefficients, index, crop, window, scale, images_needed, coefficients_needed):
+        _check_devices(images, grad, coefficients, index, crop, window, scale)
         return (images.new_empty(grad.shape if images_needed else (0,)),
                 images.new_empty((len(grad), 8) if coefficients_needed else (0,), dtype=torch.float64))
 
     def _save_for_backward(ctx, inputs, output):
-        images, coefficients, index, crop, window, scale, _shift, _fill, _dtype = inputs
+        images, coefficients, index, crop, window, scale, shift, _fill, _dtype = inputs
+        if any(tensor is not None and tensor.requires_grad for tensor in (scale, shift)):
+            raise ValueError("minter::warp: scale and shift have no gradient; detach them")
         ctx.save_for_backward(images, coefficients, index, crop, window, scale)
 
     def _warp_backward(ctx, grad):
@@ -363,6 +387,8 @@ STATISTICS = {  # mean and standard deviation of each channel, of images in [0, 
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "stl10": ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27)),
 }
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+DECODING = "2"  # of `decode`: images cached by another rule are decoded anew
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
@@ -432,22 +458,38 @@ def load_torchvision(dataset, split, data_dir, image_size):
 
 
 def decode(path, image_size):
-    """One image file as (3, image_size, image_size) uint8: upright, shorter side resized, centre cropped."""
+    """One image file as (3, image_size, image_size) uint8: shorter side resized, centre cropped.
+
+    The content says what kind of image it is, not the name. Of an animation the first frame; upright, as its EXIF tag
+    says; grey, palette and CMYK become RGB; transparency is dropped, as by torchvision; 16 bits are scaled to 8. Raises
+    what PIL raises, and ValueError for more pixels than PIL holds to be safe and for pixels of 32 bits."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    with Image.open(path, formats=IMAGE_FORMATS) as image:  # no others: some of PIL's start other programs
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
+        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        if image.mode in ("I", "F") and not sixteen:
+            raise ValueError("32-bit pixels, of which nothing says how bright they are")
+        image = ImageOps.exif_transpose(image)
+        if sixteen:  # PIL would cut them off at 255
+            image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
+        image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def visible(folder):
     """Entries in order of their names, without the hidden ones that editors and file managers leave."""
-    return sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda e: e.name)
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot list the folder '{os.fspath(folder)}' ({error.strerror})") from error
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 def load_folder(folder, split, image_size):
-    """Images of folder/split/<class>/*, cached beside the folder; the cache is made anew when any file changes."""
+    """Images of folder/split/<class>/*, cached beside the folder; the cache is made anew when any file changes. Files
+    are images by their suffix; all others are ignored. Links are followed wherever they lead, to regular files only."""
     for needed in ("train", split):
         if not (folder / needed).is_dir():
             raise UserError(f"'{folder}' has no folder '{needed}/': it is to hold train/<class>/ and test/<class>/")
@@ -464,29 +506,39 @@ def load_folder(folder, split, image_size):
                 state = file.stat()
             except OSError as error:  # a broken link
                 raise UserError(f"cannot read the image '{file.path}' ({error.strerror}): remove it") from error
+            if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for, a device read without end
+                raise UserError(f"cannot read the image '{file.path}' (it is no regular file): remove it")
             files.append((position, classes.index(entry.name), file.path, f"{state.st_size} {state.st_mtime_ns}"))
     if not files:
         raise UserError(f"'{folder}/{split}' holds no images: it is to hold one folder a class, with "
                         f"{', '.join(sorted(IMAGE_SUFFIXES))} files")
     files.sort(key=lambda file: file[:2])
     listing = [f"{Path(path).relative_to(folder)} {state}" for _, _, path, state in files]
-    fingerprint = hashlib.sha256("\n".join([*classes, *listing]).encode()).hexdigest()
+    listing = "\0".join([DECODING, *classes, *listing]).encode(errors="surrogateescape")
+    fingerprint = hashlib.sha256(listing).hexdigest()
     labels = torch.tensor([label for _, label, _, _ in files])
 
     cache = folder.resolve().with_name(f"{folder.resolve().name}.{split}-{image_size}.cache")
+    shape = (len(files), 3, image_size, image_size)
     with contextlib.suppress(Exception):  # whatever is wrong with a cache, the images are still there
-        cached = torch.load(cache, weights_only=True)
-        if cached["fingerprint"] == fingerprint:
+        cached = load_plain(cache)
+        if (cached["fingerprint"], cached["images"].shape, cached["images"].dtype) == (fingerprint, shape, torch.uint8):
             return cached["images"], labels, classes
 
     def decoded(path):
         try:
             return decode(path, image_size)
         except Exception as error:
-            raise UserError(f"cannot read the image '{path}' ({error}): repair or remove it") from error
+            reason = "it is none, or of no kind that is read" if "cannot identify" in str(error) else error
+            raise UserError(f"cannot read the image '{path}' ({reason}): repair or remove it") from error
 
-    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without the interpreter lock
+    try:
+        images = torch.empty(shape, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise UserError(f"{len(files):,} images of {image_size} x {image_size} pixels do not fit into memory: give a "
+                        "smaller --image-size") from error
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without Python's lock
+        warnings.simplefilter("ignore")  # PIL's: what matters of them is decided in `decode`
         try:
             results = pool.map(decoded, [path for _, _, path, _ in files])
             progress = tqdm(results, total=len(files), desc=f"decoding {split} images", leave=False, disable=None)
@@ -524,14 +576,24 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists what can be given)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists what can be given)\n")
 
 
-def positive(kind):
+def number(kind, text):
+    """kind(text), int or float, of plain digits only: Python's also take underscores and those of other scripts."""
+    if not text.isascii() or "_" in text:
+        raise ValueError
+    return kind(text)
+
+
+def positive(kind, most=None):
+    most = most or (2**31 - 1 if kind is int else sys.float_info.max)
+
     def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+        value = number(kind, text)
+        if not 0 < value <= most:
+            limit = f" and at most {most:,}" if kind is int else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0{limit}")
         return value
 
     parse.__name__ = kind.__name__
@@ -539,17 +601,32 @@ def positive(kind):
 
 
 def non_negative(text):
-    value = float(text)
+    value = number(float, text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of 0 or more")
     return value
 
 
 def seed(text):
-    value = int(text)
+    value = number(int, text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^32 - 1")
     return value
+
+
+def usable_path(text):
+    """Whether a path can be opened and shown: UTF-8 without control characters, its names short enough to add to."""
+    try:
+        names = [name.encode() for name in text.split("/")]
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(text) < 4000 and max(map(len, names)) <= 200 and not re.search(r"[\0-\x1f\x7f-\x9f]", text)
+
+
+def file_path(text):
+    if not usable_path(text):
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is no path: it is empty, too long or has control characters")
+    return text
 
 
 VTE_HELP = {
@@ -564,10 +641,12 @@ def training_parser(description, example, output, encoders=("nin", "alexnet"), l
     """The flags that every training script has. advice: what to say of those whose defaults are a paper's."""
     parser = Parser(description=description, epilog=f"example:\n  {example}")
     add = parser.add_argument
-    add("--dataset", help="digits (offline), cifar10, stl10, or a folder with train/<class>/ and test/<class>/")
-    add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
+    add("--dataset", type=file_path,
+        help="digits (offline), cifar10, stl10, or a folder with train/<class>/ and test/<class>/")
+    add("--data-dir", type=file_path, default="data",
+        help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
     add("--encoder", choices=encoders, help=advice["encoder"])
-    add("--image-size", type=positive(int), help=advice["image_size"])
+    add("--image-size", type=positive(int, MAX_IMAGE_SIZE), help=advice["image_size"])
     add("--epochs", type=positive(int), default=200, help="200 as in the paper; 10 to 20 show whether it learns")
     add("--batch-size", type=positive(int), help=advice["batch_size"])
     add("--lr", type=positive(float), default=lr, help=advice["lr"])
@@ -576,7 +655,8 @@ def training_parser(description, example, output, encoders=("nin", "alexnet"), l
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 autocast where the hardware has it; fp32 if a loss looks noisy")
     add("--limit", type=positive(int), metavar="N", help="train on the first N images only, for tries")
-    add("--output", default=output, help="checkpoint to write, the log goes beside it (default: %(default)s)")
+    add("--output", type=file_path, default=output,
+        help="checkpoint to write, the log goes beside it (default: %(default)s)")
     return parser
 
 
@@ -767,37 +847,133 @@ def save_checkpoint(path, method, config, model, optimizer, epoch):
                      "optimizer": optimizer.state_dict()}, path)
 
 
+PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
+    f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()}
+
+
+def load_plain(path):
+    """What torch.save wrote, dense tensors and plain values only, on the CPU. Never runs code from the file, nor takes
+    more memory than its size explains. Raises OSError; any other exception where the file is anything else.
+
+    weights_only=True alone also builds sparse, quantised and endless tensors, unpacks what was compressed, and takes
+    flipped bytes for weights: hence the checks of the archive before, and of the tensors after."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as file:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if (min(entry.header_offset for entry in entries) != 0  # or torch would read what comes before
+                    or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                    or sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size):
+                raise ValueError("it is no archive as torch.save writes them")
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
+            for entry in entries:
+                if entry.filename.endswith("data.pkl"):
+                    for operation, argument, _ in pickletools.genops(archive.read(entry)):
+                        if operation.name == "GLOBAL" and argument not in PLAIN:
+                            raise ValueError(f"it holds {argument}")
+        file.seek(0)
+        value = torch.load(file, map_location="cpu", weights_only=True)
+    todo, seen = [value], {}
+    while todo:
+        part = todo.pop()
+        if id(part) in seen:  # a hostile file's may hold itself
+            continue
+        seen[id(part)] = part
+        if isinstance(part, (dict, list, tuple)):
+            todo += part.values() if isinstance(part, dict) else part
+        elif isinstance(part, torch.Tensor) and part.nbytes > part.untyped_storage().nbytes():
+            raise ValueError("a tensor is larger than what is stored of it")
+    return value
+
+
+def three_numbers(values, least, most):
+    return len(values) == 3 and all(type(value) in (int, float) and least <= value <= most for value in values)
+
+
+def plain_setting(name, value):
+    values = value if type(value) is list else [value]
+    return type(name) is str and all(type(value) in (str, int, float, bool, type(None)) for value in values)
+
+
+CHECKPOINT = {  # what a checkpoint has to hold; `check_weights` is for the state dicts, once it is known of what
+    "format_version": (int, lambda value: 0 <= value < 2**31),
+    "method": (str, lambda value: re.fullmatch("[a-z0-9_]{1,64}", value)),
+    "config": (dict, lambda value: all(plain_setting(*item) for item in value.items())),
+    "epoch": (int, lambda value: 0 <= value < 2**31),
+    "encoder": (dict, lambda value: True),
+    "model": (dict, lambda value: True),
+}
+CONFIG = {  # and its config
+    "dataset": (str, usable_path),
+    "encoder": (str, lambda value: value in ENCODERS),
+    "image_size": (int, lambda value: 8 <= value <= MAX_IMAGE_SIZE),
+    "mean": (list, lambda value: three_numbers(value, -100, 100)),
+    "std": (list, lambda value: three_numbers(value, 1e-4, 100)),
+}
+
+
+def check_values(values, table, path):
+    """Raises UserError unless values holds every name of table, {name: (type, test)}, with a value that passes."""
+    missing = [name for name in table if name not in values]
+    if missing:
+        raise UserError(f"'{path}' is no checkpoint of minTER: it lacks {', '.join(missing)}")
+    for name, (kind, fits) in table.items():
+        value = values[name]
+        if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+            raise UserError(f"'{path}' is no checkpoint of minTER: its {name} is nothing that training writes")
+
+
 def load_checkpoint(path, method=None):
-    """Reads and checks a checkpoint; never runs code from it. method: the only one acceptable. Raises UserError."""
+    """Reads and checks all of a checkpoint but its weights, see `check_weights`; never runs code from it. method: the
+    only one acceptable. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint '{path}'")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_plain(path)
     except PermissionError as error:
         raise UserError(f"cannot read '{path}' ({error.strerror})") from error
     except Exception as error:
-        raise UserError(f"'{path}' is no checkpoint of minTER: it is truncated, or holds more than tensors and plain "
-                        "values, which is not loaded; train it again") from error
-    keys = {"format_version": int, "method": str, "config": dict, "epoch": int, "encoder": dict, "model": dict}
-    settings = ("dataset", "encoder", "image_size", "mean", "std")
-    if (not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in keys.items())
-            or not all(name in checkpoint["config"] for name in settings)):
-        raise UserError(f"'{path}' is no checkpoint of minTER: it lacks some of {', '.join(keys)}, or its config some "
-                        f"of {', '.join(settings)}")
+        raise UserError(f"'{path}' is no checkpoint of minTER: it is truncated or damaged, or holds more than tensors "
+                        "and plain values, which is not loaded; train it again") from error
+    check_values(checkpoint if isinstance(checkpoint, dict) else {}, CHECKPOINT, path)
     if checkpoint["format_version"] != FORMAT_VERSION:
         raise UserError(f"'{path}' has format version {checkpoint['format_version']}; this code reads {FORMAT_VERSION}")
+    check_values(checkpoint["config"], CONFIG, path)
     if method is not None and checkpoint["method"] != method:
         raise UserError(f"'{path}' is a checkpoint of {checkpoint['method']}; one of {method} is needed here")
     return checkpoint
 
 
-def load_encoder(checkpoint, path):
-    """The encoder of a checkpoint, in eval mode on the CPU. Raises UserError where its weights do not fit."""
+def check_weights(module, weights, path, what):
+    """Raises UserError unless weights, a dict from the file at path, is a state dict of the module in names, shapes and
+    types, and finite. what: the module in words. The module may be on the meta device, to allocate nothing."""
+    def kind(tensor):
+        return isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype, tensor.layout)
+
+    expected = module.state_dict()
+    if weights.keys() != expected.keys() or any(kind(weights[name]) != kind(expected[name]) for name in expected):
+        raise UserError(f"the weights in '{path}' do not fit {what}")
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"the weights in '{path}' are broken: {broken[0]} is infinite or NaN; train it again")
+
+
+def load_encoder(checkpoint, path, probabilistic=False):
+    """The encoder of a checkpoint, in eval mode on the CPU. probabilistic: only one with a log-variance will do. Raises
+    UserError."""
     config = checkpoint["config"]
+    settings = config["encoder"], config["image_size"], config.get("probabilistic", True) is not False
+    what = f"the encoder '{settings[0]}' at image size {settings[1]} that it names"
+    if probabilistic and (settings[0] == "resnet18" or not settings[2]):
+        raise UserError(f"the encoder in '{path}' has no log-variance, which is needed here")
     try:
-        encoder = build_encoder(config["encoder"], config["image_size"], config.get("probabilistic", True))
-        encoder.load_state_dict(checkpoint["encoder"])
-    except Exception as error:
-        raise UserError(f"the weights in '{path}' do not fit the encoder '{config.get('encoder')}' at image size "
-                        f"{config.get('image_size')} that it names") from error
+        with torch.device("meta"):
+            expected = build_encoder(*settings)
+    except RuntimeError as error:  # AlexNet at a size that leaves nothing
+        raise UserError(f"the weights in '{path}' do not fit {what}") from error
+    check_weights(expected, checkpoint["encoder"], path, what)
+    encoder = build_encoder(*settings)
+    encoder.load_state_dict(checkpoint["encoder"])
     return encoder.eval()

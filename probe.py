@@ -33,6 +33,7 @@ from common import (
     build_encoder,
     choose_device,
     choose_precision,
+    file_path,
     load_checkpoint,
     load_encoder,
     load_images,
@@ -360,20 +361,22 @@ def parse_args():
     parser = Parser(description="Evaluate checkpoints on labels, beside a random encoder and raw pixels.",
                     epilog="example:\n  python probe.py pt.ckpt vte_ba.ckpt --train-sizes 5000 500 --json rows.json")
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="data set, encoder and sizes come from the checkpoint")
+    add("checkpoints", nargs="+", type=file_path, metavar="CKPT",
+        help="data set, encoder and sizes come from the checkpoint")
     add("--classifiers", nargs="+", choices=list(NAMES), default=["mlp", "knn", "logistic"],
         help="default: VTE's three, mlp knn logistic; linear is STL's, 46 fits")
     add("--mean-per-class", action="store_true", help="error as the mean over classes, for test sets out of balance")
     add("--train-sizes", nargs="+", type=positive(int), default=[50000, 5000, 500], metavar="N",
         help="labelled images to train on; fewer is faster (default: 50000 5000 500)")
     add("--passes", type=positive(int), default=5, help="times z is sampled for the test images (default: 5)")
-    add("--dataset", help="other data: digits, cifar10, stl10 or a folder (default: the checkpoint's)")
-    add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
+    add("--dataset", type=file_path, help="other data: digits, cifar10, stl10 or a folder (default: the checkpoint's)")
+    add("--data-dir", type=file_path, default="data",
+        help="where cifar10 and stl10 are downloaded to (default: %(default)s)")
     add("--seed", type=seed, default=0, help="of subsets, sampled z, MLP weights and the random encoder")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the encoder and the MLP")
-    add("--json", metavar="FILE", help="also write the rows, as a list of objects")
-    add("--markdown", metavar="FILE", help="also write the tables, as Markdown")
+    add("--json", type=file_path, metavar="FILE", help="also write the rows, as a list of objects")
+    add("--markdown", type=file_path, metavar="FILE", help="also write the tables, as Markdown")
     return parser.parse_args()
 
 

@@ -4,7 +4,8 @@
 
 Environment: MINTER_CUDA=0 leaves CUDA out; CUDA_HOME names the toolkit; TORCH_CUDA_ARCH_LIST the architectures
 (default: that of the GPUs in this machine, or without one every architecture from Turing to Blackwell the compiler
-knows); MAX_JOBS the number of compilers at once.
+knows); MAX_JOBS the number of compilers at once; MINTER_SANITIZE=1 builds for the CPU only, with AddressSanitizer and
+UndefinedBehaviorSanitizer (`make sanitize`).
 """
 
 import os
@@ -38,6 +39,8 @@ def choose_cuda():
     """(toolkit folder, None), or (None, why CUDA is left out)."""
     import torch
 
+    if os.environ.get("MINTER_SANITIZE") == "1":
+        return None, "MINTER_SANITIZE=1"
     if os.environ.get("MINTER_CUDA") == "0":
         return None, "MINTER_CUDA=0"
     if torch.version.cuda is None:
@@ -83,7 +86,12 @@ def extension():
     exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
     if home is None:
         print(f"minter: building the warp for the CPU only ({why_not})", file=sys.stderr)
-        return CppExtension("minter_warp", sources, extra_compile_args={"cxx": compile_args + exact})
+        sanitize = []
+        if os.environ.get("MINTER_SANITIZE") == "1":  # a report ends the process
+            sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv",
+                        "-fno-omit-frame-pointer", "-g"]  # Python asks for -fwrapv, which would hide overflows
+        return CppExtension("minter_warp", sources, extra_link_args=sanitize,
+                            extra_compile_args={"cxx": compile_args + exact + sanitize})
     listed = os.environ["TORCH_CUDA_ARCH_LIST"]
     print(f"minter: building the warp for the CPU and CUDA {listed} with {home}/bin/nvcc", file=sys.stderr)
     compile_args += ["-DUSE_CUDA", f'-DMINTER_CUDA="{listed}"']

@@ -47,6 +47,7 @@ from common import (
     Run,
     UserError,
     build_encoder,
+    check_weights,
     load_checkpoint,
     load_encoder,
     non_negative,
@@ -275,14 +276,12 @@ def load_stl(path):
     """The model of a checkpoint, in eval mode on the CPU, and the checkpoint. Raises UserError."""
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
-    if not checkpoint["method"].startswith("stl") or config.get("preset") not in PRESETS:
+    if not checkpoint["method"].startswith("stl") or config.get("preset") not in tuple(PRESETS):
         raise UserError(f"'{path}' is a checkpoint of {checkpoint['method']}; one of stl.py is needed here")
     losses = [name for name in ("inv", "equi", "trans") if config.get(name)]
     model = STL(load_encoder(checkpoint, path), config["preset"], losses)
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except Exception as error:
-        raise UserError(f"the weights in '{path}' do not fit STL with the losses {', '.join(losses)}") from error
+    check_weights(model, checkpoint["model"], path, f"STL with the losses {', '.join(losses)}")
+    model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
 
 

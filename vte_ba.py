@@ -32,6 +32,7 @@ from torch import nn
 from common import (
     Run,
     build_encoder,
+    file_path,
     load_checkpoint,
     load_encoder,
     reparameterize,
@@ -95,7 +96,7 @@ def train(args):
     if args.from_scratch:
         phase_one = build_encoder(args.encoder, args.image_size)
     else:
-        phase_one = load_encoder(checkpoint, args.pretrained)
+        phase_one = load_encoder(checkpoint, args.pretrained, probabilistic=True)
     deep = args.encoder == "alexnet"
     model = run.prepare(VTEBarberAgakov(encoder, phase_one, deep, args.from_scratch, args.steerable))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -125,7 +126,7 @@ def parse_args():
         output="vte_ba.ckpt",
     )
     add = parser.add_argument
-    add("--pretrained", metavar="CKPT",
+    add("--pretrained", type=file_path, metavar="CKPT",
         help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
     add("--from-scratch", action="store_true", help="the ablation: no phase one, both encoders train and collapse")
     add("--steerable", action="store_true", help="ours: the decoder also sees the transformation")

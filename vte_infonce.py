@@ -33,6 +33,7 @@ from tqdm import tqdm
 from common import (
     Run,
     build_encoder,
+    file_path,
     load_checkpoint,
     load_encoder,
     reparameterize,
@@ -214,7 +215,7 @@ def train(args):
     if args.from_scratch:
         phase_one = build_encoder(args.encoder, args.image_size)
     else:
-        phase_one = load_encoder(checkpoint, args.pretrained)
+        phase_one = load_encoder(checkpoint, args.pretrained, probabilistic=True)
     deep = args.encoder == "alexnet"
     critic = ConcatenatedCritic(deep) if args.critic == "concatenated" else SeparatedCritic(deep)
     model = run.prepare(VTEInfoNCE(encoder, phase_one, critic, args.from_scratch))
@@ -251,7 +252,7 @@ def parse_args():
     add = parser.add_argument
     add("--critic", choices=["separated", "concatenated"], default="separated",
         help="separated: one product of two heads, fast; concatenated: an MLP on every pair (default: %(default)s)")
-    add("--pretrained", metavar="CKPT",
+    add("--pretrained", type=file_path, metavar="CKPT",
         help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
     add("--from-scratch", action="store_true", help="the ablation: no phase one, both encoders train together")
     args = parser.parse_args()

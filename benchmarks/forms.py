@@ -9,7 +9,6 @@ that of stl.py against W(t) generated for each of N images. The two forms are ti
 the median taken; peak memory is what the tensors of one forward + backward hold at most beyond the inputs.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import Parser, file_path, positive, run_command
 from stl import Hypernetwork
 from vte_infonce import ConcatenatedCritic, vte_infonce_loss
 
@@ -67,11 +67,11 @@ def peak_memory(*arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("what", choices=PROBLEMS)
-    parser.add_argument("--n", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", help="JSON file for the figures")
+    parser.add_argument("--n", type=positive(int), default=256)
+    parser.add_argument("--repeats", type=positive(int), default=7)
+    parser.add_argument("--output", type=file_path, help="JSON file for the figures")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -103,4 +103,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,7 +6,6 @@ Occupancy: threads that the registers leave room for on a multiprocessor, as a s
 that copies images into shared memory takes that too: 5 KiB for 32 x 32 uint8 pixels, which does not limit it.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -17,6 +16,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common import Parser, UserError, file_path, run_command  # noqa: E402
 from setup import cuda_version, find_cuda_home  # noqa: E402
 
 REGISTERS, THREADS_OF_BLOCK = 65536, 256
@@ -25,13 +25,13 @@ KERNEL = re.compile(r"(image_kernel|float64_kernel|backward_kernel)(?:<(.*?)>)?\
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--architecture", default="9.0", choices=MOST_THREADS)
-    parser.add_argument("--output", help="JSON file for the figures")
+    parser.add_argument("--output", type=file_path, help="JSON file for the figures")
     args = parser.parse_args()
     home, why = find_cuda_home()
     if home is None:
-        sys.exit(f"resources.py: error: {why}")
+        raise UserError(why)
     command = [home / "bin" / "nvcc", "-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
                *(f"-I{path}" for path in include_paths()), f"-arch=sm_{args.architecture.replace('.', '')}",
                "-Xptxas", "-v", "-c", ROOT / "csrc" / "warp_cuda.cu", "-o", "/dev/null"]
@@ -58,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -43,6 +43,7 @@ from common import (
     Parser,
     UserError,
     choose_device,
+    file_path,
     minter_warp,
     normalization,
     positive,
@@ -591,13 +592,13 @@ def main():
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--sizes", type=positive(int), nargs="+", default=[32, 64, 96, 224], help="sides in pixels, 8 or more")
     add("--batches", type=positive(int), nargs="+", help="N (default: 64 1024 16384, on CUDA 65536 too at size 32)")
-    add("--threads", type=positive(int), default=torch.get_num_threads())
+    add("--threads", type=positive(int, 1024), default=torch.get_num_threads())
     add("--repeats", type=positive(int), default=15, help="samples of each time at most (default: %(default)s)")
     add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with (default: all)")
     add("--quick", action="store_true", help="size 32 with N of 64 and 1024, and no other backward, in a minute")
     add("--check", action="store_true", help="see whether all agree, and time nothing")
-    add("--output", help="JSON file for the figures")
-    add("--plot", help="PNG file for the picture")
+    add("--output", type=file_path, help="JSON file for the figures")
+    add("--plot", type=file_path, help="PNG file for the picture")
     args = parser.parse_args()
     if minter_warp is None:
         raise UserError("the compiled warp, which is what is measured here, is not built: `make setup` builds it")

@@ -31,6 +31,14 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
+// What the kernels read has to begin where its type may: torch.frombuffer can make tensors that do not.
+template <typename T>
+const T* aligned(const void* data, size_t size, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % size == 0, "minter::warp: ", name,
+                  " do not begin at a multiple of their element's size");
+  return static_cast<const T*>(data);
+}
+
 template <typename T>
 const T* optional_data(const std::optional<Tensor>& tensor, const Tensor& images, const char* name, ScalarType type,
                        int64_t rows, int64_t columns) {
@@ -40,7 +48,17 @@ const T* optional_data(const std::optional<Tensor>& tensor, const Tensor& images
   STD_TORCH_CHECK(tensor->scalar_type() == type, "minter::warp: ", name, " has the wrong type");
   STD_TORCH_CHECK(tensor->is_contiguous(), "minter::warp: ", name, " is to be contiguous");
   STD_TORCH_CHECK(same_device(*tensor, images), "minter::warp: ", name, " is on another device than the images");
-  return static_cast<const T*>(tensor->const_data_ptr());
+  return aligned<T>(tensor->const_data_ptr(), type == ScalarType::Float ? 4 : 8, name);
+}
+
+// Whether the output has any element; it is refused when it has more than any memory, so that no product overflows.
+// Without this, images without channels or in a batch of none would be walked over however large they say they are.
+bool has_elements(const Warp& w) {
+  double elements = 1;
+  for (const int64_t size : {w.batch, w.channels, w.height, w.width}) elements *= static_cast<double>(size);
+  STD_TORCH_CHECK(elements <= 1e15, "minter::warp: an output of ", w.batch, " x ", w.channels, " x ", w.height, " x ",
+                  w.width, " elements is too large");
+  return elements > 0;
 }
 
 // Checks everything the kernels rely on.
@@ -57,7 +75,8 @@ Warp make_warp(const Tensor& images, const std::optional<Tensor>& coefficients, 
   w.stride_w = images.stride(3);
   w.batch = index ? index->numel() : w.num_images;
   w.fill = fill;
-  w.images = images.const_data_ptr();
+  const size_t bytes = type == ScalarType::Byte ? 1 : type == ScalarType::Float ? 4 : 8;
+  w.images = aligned<void>(images.const_data_ptr(), bytes, "images");
   w.index = optional_data<int64_t>(index, images, "index", ScalarType::Long, w.batch, 0);
   w.crop = optional_data<int64_t>(crop, images, "crop", ScalarType::Long, w.batch, 3);
   w.window = optional_data<int64_t>(window, images, "window", ScalarType::Long, w.batch, 4);
@@ -85,7 +104,9 @@ Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, con
   STD_TORCH_CHECK(in == out || (in != Type::float64 && (out == Type::float32 || out == Type::bfloat16)),
                   "minter::warp: the output is to have the type of the images, or float32 or bfloat16");
   STD_TORCH_CHECK(out != Type::uint8 || (!scale && !shift), "minter::warp: uint8 output takes no scale and no shift");
+  const bool any = has_elements(w);
   Tensor output = torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
+  if (!any) return output;
   if (images.is_cuda()) {
 #ifdef MINTER_CUDA
     const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
@@ -112,11 +133,13 @@ std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad, const Tensor& image
                       grad.size(2) == w.height && grad.size(3) == w.width && grad.scalar_type() == real &&
                       grad.is_contiguous() && same_device(grad, images),
                   "minter::warp_backward: grad does not fit the output");
+  const bool any = has_elements(w);
   using Shape = std::initializer_list<int64_t>;
   Tensor grad_images = torch::stable::new_zeros(
       images, images_needed ? Shape{w.batch, w.channels, w.height, w.width} : Shape{0}, images.scalar_type());
   Tensor grad_coefficients =
       torch::stable::new_zeros(images, coefficients_needed ? Shape{w.batch, 8} : Shape{0}, ScalarType::Double);
+  if (!any) return {grad_images, grad_coefficients};
   void* to_images = images_needed ? grad_images.mutable_data_ptr() : nullptr;
   double* to_coefficients = coefficients_needed ? grad_coefficients.mutable_data_ptr<double>() : nullptr;
   if (images.is_cuda()) {

@@ -128,6 +128,8 @@ WARP_INLINE bool inside(const View& view, const Point& p) {
 // float32 is precise, to about a hundred-thousandth of a pixel at 32 x 32. Whether a point is inside is still decided as in float64: a point too
 // close to the border for float32 to tell, and all points of a map whose horizon comes near the image, are to be computed
 // once more, by source_point, as are all points of images of more than 256 pixels a side.
+constexpr double kMaxDoubt = 1e-3;  // of a pixel; the transformations that methods draw stay below half of it
+
 struct CentredMap {
   float au, bu, cu, av, bv, cv, g, h, w;
   float half_u, half_v;    // of the window: inside is -half <= u - centre < half
@@ -148,7 +150,7 @@ WARP_INLINE CentredMap centre(const Coefficients& k, const View& view, int64_t h
   const double doubt_u = unit * ((fabs(au) * x + fabs(bu) * y + fabs(cu) + half_u * most) / least + half_u);
   const double doubt_v = unit * ((fabs(av) * x + fabs(bv) * y + fabs(cv) + half_v * most) / least + half_v);
   const bool small = height <= 256 && width <= 256;  // above that float32 is off by more than 0.01 grey levels
-  const bool sound = small && least > 1e-3 && most < 1e3 && doubt_u < 1 && doubt_v < 1;
+  const bool sound = small && least > 1e-3 && most < 1e3 && doubt_u < kMaxDoubt && doubt_v < kMaxDoubt;
   const auto f = [](double value) { return static_cast<float>(value); };
   return {f(au), f(bu), f(cu), f(av), f(bv), f(cv), f(k.g), f(k.h), f(w),
           f(half_u), f(half_v), f(doubt_u), f(doubt_v), !sound};

@@ -19,8 +19,10 @@ from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (
+    MAX_IMAGE_SIZE,
     Parser,
     UserError,
+    file_path,
     load_images,
     normalization,
     positive,
@@ -55,11 +57,13 @@ def draw_transformations(args):
 def read_log(path):
     try:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        [(row["epoch"], row["loss"]) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows = [{name: float(value) for name, value in row.items()} for row in rows]
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"'{path}' is no log of a training script ({error})") from error
     if not rows:
         raise UserError(f"'{path}' is empty: no epoch has been finished")
+    if not all({"epoch", "loss"} <= row.keys() == rows[0].keys() for row in rows):
+        raise UserError(f"'{path}' is no log of a training script (each line is to hold epoch, loss and all the rest)")
     return rows
 
 
@@ -177,23 +181,25 @@ def parse_args():
                     epilog="example:\n  python results/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png")
     pictures = parser.add_subparsers(required=True, metavar="PICTURE")
     transformations = pictures.add_parser("transformations", help="images, and the same transformed")
-    transformations.add_argument("--dataset", default="digits", help="digits, cifar10, stl10 or a folder")
-    transformations.add_argument("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
-    transformations.add_argument("--image-size", type=positive(int), default=32, help="side in pixels")
-    transformations.add_argument("--columns", type=positive(int), default=10, help="how many images")
-    transformations.add_argument("--seed", type=seed, default=0, help="of the transformations")
-    transformations.add_argument("--output", default="transformations.png", help="default: %(default)s")
+    add = transformations.add_argument
+    add("--dataset", type=file_path, default="digits", help="digits, cifar10, stl10 or a folder")
+    add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
+    add("--image-size", type=positive(int, MAX_IMAGE_SIZE), default=32, help="side in pixels")
+    add("--columns", type=positive(int), default=10, help="how many images")
+    add("--seed", type=seed, default=0, help="of the transformations")
+    add("--output", type=file_path, default="transformations.png", help="default: %(default)s")
     transformations.set_defaults(draw=draw_transformations)
     curves = pictures.add_parser("curves", help="training curves of one or more logs, side by side")
-    curves.add_argument("logs", nargs="+", metavar="LOG", help="the .jsonl beside a checkpoint")
-    curves.add_argument("--output", default="curves.png", help="default: %(default)s")
+    curves.add_argument("logs", nargs="+", type=file_path, metavar="LOG", help="the .jsonl beside a checkpoint")
+    curves.add_argument("--output", type=file_path, default="curves.png", help="default: %(default)s")
     curves.set_defaults(draw=draw_curves)
     codes = pictures.add_parser("codes", help="t-SNE of STL's transformation codes, by kind and by strength")
-    codes.add_argument("checkpoint", metavar="CKPT", help="of stl.py; its own data set's test images are used")
-    codes.add_argument("--pairs", type=positive(int), default=400, help="of each kind of transformation")
-    codes.add_argument("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
-    codes.add_argument("--seed", type=seed, default=0, help="of images, transformations and t-SNE")
-    codes.add_argument("--output", default="codes.png", help="default: %(default)s")
+    add = codes.add_argument
+    add("checkpoint", type=file_path, metavar="CKPT", help="of stl.py; its own data set's test images are used")
+    add("--pairs", type=positive(int), default=400, help="of each kind of transformation")
+    add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
+    add("--seed", type=seed, default=0, help="of images, transformations and t-SNE")
+    add("--output", type=file_path, default="codes.png", help="default: %(default)s")
     codes.set_defaults(draw=draw_codes)
     return parser.parse_args()
 
