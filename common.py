@@ -874,7 +874,9 @@ def load_plain(path):
                         if operation.name == "GLOBAL" and argument not in PLAIN:
                             raise ValueError(f"it holds {argument}")
         file.seek(0)
-        value = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a damaged file may look like: it is an error below or nothing
+            value = torch.load(file, map_location="cpu", weights_only=True)
     todo, seen = [value], {}
     while todo:
         part = todo.pop()

@@ -55,8 +55,8 @@ def lay_out(images, layout):
         return images[:, :1].expand(images.shape)
     if layout == "one pixel" and images.numel():
         return images[:1, :1, :1, :1].expand(images.shape)
-    if layout == "overlapping":
-        line = images.new_tensor(range(n + channels + 2 * height + width)) if images.numel() else images.flatten()
+    if layout == "overlapping" and images.numel():
+        line = (torch.arange(n + channels + 2 * height + width) % 256).to(images)
         return line.as_strided(images.shape, (1, 1, 2, 1))
     if layout == "far strides":  # where there is one of something, the stride says nothing
         strides = [2**50 if size == 1 else stride for size, stride in zip(images.shape, images.stride(), strict=True)]
@@ -219,6 +219,7 @@ def misaligned(tensor):
 
 
 def not_contiguous(tensor):
+    tensor = torch.cat([tensor, tensor]) if len(tensor) == 1 else tensor  # one element is contiguous anyhow
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
@@ -243,7 +244,7 @@ SPOILED = [  # argument, what is done to it
         lambda t: torch.cat([t, t]), lambda t: t[None], lambda t: t.sum(), lambda t: t.double(), lambda t: t.long(),
         not_contiguous, misaligned, lambda t: t.to("meta"), lambda t: t.clone().requires_grad_())),
     ("dtype", lambda t: torch.int64), ("dtype", lambda t: torch.float16), ("dtype", lambda t: torch.complex64),
-    ("dtype", lambda t: torch.bool), ("dtype", lambda t: 300), ("dtype", lambda t: None), ("fill", lambda t: None),
+    ("dtype", lambda t: torch.bool), ("dtype", lambda t: None), ("fill", lambda t: None),
     ("fill", lambda t: "grey"), ("fill", lambda t: [1.0, 2.0, 3.0]),
 ]
 
