@@ -870,6 +870,8 @@ def load_plain(path):
                 raise ValueError("a checksum is wrong")
             for entry in entries:
                 if entry.filename.endswith("data.pkl"):
+                    if entry.file_size > 2**20:  # of a checkpoint here some tens of kilobytes
+                        raise ValueError("it holds too many values")
                     for operation, argument, _ in pickletools.genops(archive.read(entry)):
                         if operation.name == "GLOBAL" and argument not in PLAIN:
                             raise ValueError(f"it holds {argument}")

@@ -194,12 +194,13 @@ def test_archives_that_are_not_torch_saves(tmp_path, monkeypatch):
     Path("old-two.ckpt").write_bytes(Path("old.ckpt").read_bytes() + Path("good.ckpt").read_bytes())
     torch.save(nested(50), "deep.ckpt")
     rewritten("deep.ckpt", "deeper.ckpt", lambda content: {
-        name: b"\x80\x02" + b"(" * 10**6 + b"l" * 10**6 + b"." if name.endswith("data.pkl") else data
+        name: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"." if name.endswith("data.pkl") else data
         for name, data in content.items()})
+    torch.save({"w": [0] * 2**20}, "many.ckpt")
     torch.save(holding_itself(), "itself.ckpt")
     with zipfile.ZipFile("empty.ckpt", "w"):
         pass
-    for name in ("compressed", "claim", "old", "two", "old-two", "deep", "deeper", "itself", "empty"):
+    for name in ("compressed", "claim", "old", "two", "old-two", "deep", "deeper", "many", "itself", "empty"):
         refused(f"{name}.ckpt", "is no checkpoint of minTER")
     os.mkdir("folder.ckpt"), os.mkfifo("pipe.ckpt")
     for name in ("folder.ckpt", "pipe.ckpt", "missing.ckpt", "/dev/zero"):
@@ -614,7 +615,7 @@ def test_every_flag_refuses_what_is_wrong(script, capsys):
                 assert message.startswith(f"{Path(script).name}.py") and ": error: " in message and len(message) < 6000
                 assert message.rstrip("\n").isprintable(), (name, value)
                 tried += 1
-    assert tried > 15
+    assert tried > 10
 
 
 @pytest.mark.parametrize("command", [
