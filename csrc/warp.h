@@ -123,18 +123,20 @@ WARP_INLINE bool inside(const View& view, const Point& p) {
          p.v >= static_cast<double>(view.top) && p.v < static_cast<double>(view.bottom);
 }
 
+// The largest doubt, in pixels, with which float32 stays within 0.01 grey levels. Steeper maps, which magnify its
+// rounding, are computed in float64; of those that the methods draw, none up to 128 pixels a side, one in 500 at 256.
+constexpr double kMaxDoubt = 5e-4;
+
 // A map for float32, about the centres of image and window: u - centre = (au x + bu y + cu) / (g x + h y + w), v
 // likewise, with x and y counted from the centre of the output. Computed once for an image, in float64. Near the centre
-// float32 is precise, to about a hundred-thousandth of a pixel at 32 x 32. Whether a point is inside is still decided as in float64: a point too
-// close to the border for float32 to tell, and all points of a map whose horizon comes near the image, are to be computed
-// once more, by source_point, as are all points of images of more than 256 pixels a side.
-constexpr double kMaxDoubt = 1e-3;  // of a pixel; the transformations that methods draw stay below half of it
-
+// float32 is precise, to about a hundred-thousandth of a pixel at 32 x 32. Whether a point is inside is still decided as
+// in float64: a point too close to the border for float32 to tell, and all points of a map that is steep or whose horizon
+// comes near, are to be computed once more, by source_point, as are all of images of more than 256 pixels a side.
 struct CentredMap {
   float au, bu, cu, av, bv, cv, g, h, w;
   float half_u, half_v;    // of the window: inside is -half <= u - centre < half
   float doubt_u, doubt_v;  // float32 cannot tell what is this close to the border
-  bool exact;              // float32 can tell nothing: the denominator comes close to 0, or is not a number
+  bool exact;              // float32 will not do: a steep map, a denominator close to 0, or what is not a number
 };
 
 WARP_INLINE CentredMap centre(const Coefficients& k, const View& view, int64_t height, int64_t width) {
