@@ -55,7 +55,7 @@ bench: setup
 # Where all packages are there already and none can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python
 GPU ?= h200
 bench-gpu: setup
-	$(BIN)/python -m pytest tests/test_warp.py
+	$(BIN)/python -m pytest tests/test_warp.py tests/test_fuzz.py
 	for tool in memcheck racecheck initcheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python benchmarks/warp.py --device cuda --check || exit 1; \
 	done

@@ -286,7 +286,7 @@ def projective_warp(images, coefficients, fill=128.0):
     at + 0.5. fill: value outside the image. Returns the type and shape of images, contiguous; differentiable with
     respect to float images and the coefficients (once). Which pixels are filled is decided in float64; up to 256 pixels
     a side the points are otherwise float32, within 0.01 grey levels of the reference's float64. Raises ValueError and
-    TypeError.
+    TypeError, and RuntimeError for more elements than there is memory for.
     """
     if not isinstance(images, torch.Tensor) or not isinstance(coefficients, torch.Tensor):
         raise TypeError(f"projective_warp takes tensors, not {type(images).__name__} and {type(coefficients).__name__}")
@@ -316,8 +316,8 @@ def warp_batch(images, index, crops=None, coefficients=None, scale=None, shift=N
     `sample_crops`, or None. coefficients: (N, 8), or None for no warp. scale, shift: (C,) float32 from `normalization`,
     output = value * scale + shift. dtype: float32 or bfloat16. window: (N, 4) int64 rows (top, left, height, width),
     all that the warp sees of each cropped and flipped image, in whose coordinates it stays; None for everything.
-    Returns (N, C, H, W). An index out of range raises on the CPU; on CUDA the compiled form, which would have to wait
-    for it, makes that image NaN.
+    Returns (N, C, H, W). Raises ValueError and RuntimeError for arguments that do not fit. An index out of range raises
+    on the CPU; on CUDA the compiled form, which would have to wait for it, makes that image NaN.
     """
     if window is not None and coefficients is None:
         raise ValueError("warp_batch takes a window with coefficients only")

@@ -27,6 +27,7 @@ settings.register_profile("fuzz", max_examples=4000, **shared)
 settings.register_profile("sanitize", max_examples=600, **shared)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and common.CUDA_ARCHITECTURES else [])
 CLEAR = (ValueError, TypeError, RuntimeError)  # NotImplementedError is a RuntimeError
 IDENTITY = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0])
 FAR = 2**40  # beyond this a window is cut, in C++ as below, so that no sum overflows
@@ -129,13 +130,17 @@ def reference(images, coefficients, index, crop, window, scale, shift, fill, dty
         return batch.new_empty(batch.shape, dtype=dtype)
     batch = batch if batch.dtype == torch.float64 else batch.float()
     batch = batch if crop is None else crop_and_flip_reference(batch, crop)
-    coefficients = IDENTITY.expand(len(batch), 8) if coefficients is None else coefficients
+    coefficients = IDENTITY.to(batch.device).expand(len(batch), 8) if coefficients is None else coefficients
     batch = projective_warp_reference(batch, coefficients, fill, None if window is None else window.clamp(-FAR, FAR))
     if dtype == torch.uint8:
         return torch.where(batch.isnan(), 0.0, batch).round().clamp(0, 255).to(dtype)
     batch = batch if scale is None else batch * scale[:, None, None]
     batch = batch if shift is None else batch + shift[:, None, None]
     return batch.to(dtype)
+
+
+def on(device, call):
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
 
 
 def same(ours, expected, tolerance):
@@ -159,12 +164,12 @@ def run_call(call, through):
     return torch.ops.minter.warp(*call.values())
 
 
-@given(calls(), st.sampled_from(["operator", "function"]))
-def test_a_valid_call_gives_the_references_result(call, through):
+@given(calls(), st.sampled_from(["operator", "function"]), st.sampled_from(DEVICES))
+def test_a_valid_call_gives_the_references_result(call, through, device):
     before = call["images"].clone()
-    result = run_call(call, through)
+    result = run_call(on(device, call), through)
     tolerance = 1e-9 if call["images"].dtype == torch.float64 else 0.01  # grey levels
-    assert same(result, reference(**call), tolerance) and result.is_contiguous()
+    assert same(result.cpu(), reference(**call), tolerance) and result.is_contiguous()
     assert torch.equal(call["images"], before)
 
 
@@ -184,16 +189,16 @@ def off_the_kinks(call):
 
 
 @given(calls(small_sides, gentle=True), st.sampled_from([("images",), ("coefficients",), ("images", "coefficients")]),
-       st.integers(0, 2**32 - 1))
-def test_gradients_are_the_references(call, wanted, seed):
+       st.integers(0, 2**32 - 1), st.sampled_from(DEVICES))
+def test_gradients_are_the_references(call, wanted, seed, device):
     assume(len(call["coefficients"]) > 0 and off_the_kinks(call))
     if call["index"] is not None:
         wanted = ("coefficients",)
-    gradients = []
+    gradients, call = [], on(device, call)
     for form in (torch.ops.minter.warp, reference):
         inputs = {name: call[name].detach().clone().requires_grad_() for name in wanted}
         output = form(*{**call, **inputs}.values())
-        weights = torch.rand(output.shape, generator=torch.Generator().manual_seed(seed)).to(output.dtype)
+        weights = torch.rand(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
         gradients.append(torch.autograd.grad((output * weights).sum(), list(inputs.values())))
     single = call["images"].dtype == torch.float32 or call["coefficients"].dtype == torch.float32
     for ours, expected in zip(*gradients, strict=True):
@@ -252,6 +257,7 @@ SPOILED = [  # argument, what is done to it
     ("dtype", lambda t: torch.int64), ("dtype", lambda t: torch.float16), ("dtype", lambda t: torch.complex64),
     ("dtype", lambda t: torch.bool), ("dtype", lambda t: None), ("fill", lambda t: None),
     ("fill", lambda t: "grey"), ("fill", lambda t: [1.0, 2.0, 3.0]),
+    *((name, lambda t: t.cuda()) for name in ARGUMENTS[:7] if torch.cuda.is_available()),
 ]
 
 
