@@ -1,6 +1,6 @@
 # make demo    all methods trained and probed on scikit-learn's digits, offline
 # make test    the tests
-# make fuzz    the warp under 10,000 and more generated calls
+# make fuzz    the warp under 60,000 generated calls, in some minutes
 # make sanitize   the warp's C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench   the warp against what else there is, on the CPU; installs those libraries too
 # make bench-gpu  on a GPU: tests, sanitizer, resources of the kernels, benchmark
@@ -46,7 +46,7 @@ sanitize: setup
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    PYTHONPATH=$(SANITIZED) HYPOTHESIS_PROFILE=sanitize \
-	    $(BIN)/python -m pytest tests/test_warp.py tests/test_fuzz.py -k 'not graph_break'
+	    $(BIN)/python -m pytest --capture=sys tests/test_warp.py tests/test_fuzz.py -k 'not graph_break'
 
 bench: setup
 	$(PIP) --quiet kornia opencv-python-headless

@@ -926,7 +926,7 @@ def check_values(values, table, path):
     for name, (kind, fits) in table.items():
         value = values[name]
         if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
-            raise UserError(f"'{path}' is no checkpoint of minTER: its {name} is nothing that training writes")
+            raise UserError(f"'{path}' is no checkpoint of minTER: its {name} is not what training writes")
 
 
 def load_checkpoint(path, method=None):

@@ -88,8 +88,8 @@ def extension():
         print(f"minter: building the warp for the CPU only ({why_not})", file=sys.stderr)
         sanitize = []
         if os.environ.get("MINTER_SANITIZE") == "1":  # a report ends the process
-            sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv",
-                        "-fno-omit-frame-pointer", "-g"]  # Python asks for -fwrapv, which would hide overflows
+            sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g",
+                        "-fno-omit-frame-pointer", "-fno-wrapv"]  # Python asks for -fwrapv, which would hide overflows
         return CppExtension("minter_warp", sources, extra_link_args=sanitize,
                             extra_compile_args={"cxx": compile_args + exact + sanitize})
     listed = os.environ["TORCH_CUDA_ARCH_LIST"]

@@ -1,6 +1,6 @@
 """The compiled warp under generated calls: each gives the reference's result, or a clear exception, and never a crash.
 
-`make test` tries some hundreds of calls, the same each time; `make fuzz` more than 10,000, others each time, and prints
+`make test` tries some hundreds of calls, the same each time; `make fuzz` 60,000, others each time, and prints
 how to repeat one that fails; `make sanitize` some thousands with the C++ code under sanitizers.
 """
 
@@ -23,7 +23,7 @@ from common import (
 pytestmark = pytest.mark.skipif(common.minter_warp is None, reason="the extension is not built")
 shared = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("test", derandomize=True, database=None, max_examples=250, **shared)
-settings.register_profile("fuzz", max_examples=4000, **shared)
+settings.register_profile("fuzz", max_examples=10_000, **shared)
 settings.register_profile("sanitize", max_examples=600, **shared)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 

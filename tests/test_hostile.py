@@ -293,8 +293,8 @@ def test_stl_checkpoints(tmp_path):
     assert stl.load_stl(save())[0].inv_projector is not None
     for preset in ("mine", None, 7, ["code"]):
         refused(save({"preset": preset}), "one of stl.py is needed", of=stl.load_stl)
-    refused(save({"preset": torch.ones(2)}), "its config is nothing", of=stl.load_stl)
-    refused(save({"inv": torch.ones(2)}), "its config is nothing", of=stl.load_stl)
+    refused(save({"preset": torch.ones(2)}), "its config is not what", of=stl.load_stl)
+    refused(save({"inv": torch.ones(2)}), "its config is not what", of=stl.load_stl)
     refused(save({"equi": 1.0}), "do not fit STL with the losses inv, equi", of=stl.load_stl)
     refused(save((), {"inv_projector.0.weight": torch.zeros(3)}), "do not fit STL", of=stl.load_stl)
     refused(save((), {"inv_projector.0.weight": torch.full((512, 512), NAN)}), "is infinite or NaN", of=stl.load_stl)
