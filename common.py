@@ -8,22 +8,28 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import pickletools
 import re
+import shlex
+import shutil
+import signal
 import stat
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -259,7 +265,7 @@ noted = set()
 
 def note_once(text):
     """One line on stderr, the first time only (and not from within torch.compile, which cannot print)."""
-    if not torch.compiler.is_compiling() and text not in noted:
+    if not torch.compiler.is_compiling() and text not in noted and processes()[0] == 0:
         noted.add(text)
         print(f"note: {text}", file=sys.stderr)
 
@@ -379,6 +385,124 @@ if minter_warp is not None:
 
     torch.library.register_autograd("minter::warp", _warp_backward, setup_context=_save_for_backward)
     torch.library.register_autograd("minter::warp_backward", _no_second_derivative)
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+def processes():
+    """(rank of this process, how many train together): (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def join_processes(device):
+    """Joins those that torchrun started, on this process's device: NCCL for CUDA, gloo for the CPU. Returns the
+    device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What downloads or writes caches is done by one process; the others come after it and find them."""
+    rank, count = processes()
+    if count > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if count > 1 and rank == 0:
+        dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # what every process asks of every row
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(value)
+        return value
+
+    backward = forward  # each process's value is in the sum of every process
+
+
+def gather(rows):
+    """(n, ...) of each process -> (K n, ...) of all K in the order of their ranks, with gradients: each process gets
+    the sum of what all of them ask of its rows. One process keeps its rows."""
+    return rows if processes()[1] == 1 else _Gather.apply(rows.contiguous())
+
+
+def own_rows(n, device):
+    """Where this process's n rows are among what `gather` returns: (n,) int64."""
+    return processes()[0] * n + torch.arange(n, device=device)
+
+
+def average(value):
+    """The mean over all processes, with gradients."""
+    return value if processes()[1] == 1 else _Sum.apply(value) / processes()[1]
+
+
+def pool_moments(mean, variance):
+    """Mean and biased variance of all processes' rows together, from those of each, which has as many as any other."""
+    if processes()[1] == 1:
+        return mean, variance
+    mean_of_all = average(mean)
+    return mean_of_all, average(variance + (mean - mean_of_all).square())
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """torch.nn.SyncBatchNorm for the CPU, which it refuses: batch normalisation over the batches of all processes."""
+
+    def _check_input_dim(self, values):
+        pass
+
+    def forward(self, values):
+        if not self.training:
+            return super().forward(values)
+        dims, shape = [0, *range(2, values.dim())], (1, -1, *[1] * (values.dim() - 2))
+        real = values.float()
+        mean, variance = pool_moments(real.mean(dims), real.var(dims, unbiased=False))
+        with torch.no_grad():
+            count = processes()[1] * values.numel() / values.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (real * scale.view(shape) + shift.view(shape)).to(values.dtype)
+
+
+def synchronise_batch_norm(module, device):
+    """Every batch normalisation in it is made to see the batches of all processes."""
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                other = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+                other.load_state_dict(child.state_dict())
+                setattr(parent, name, other.train(child.training).requires_grad_(child.weight.requires_grad))
+    return module
+
+
+def is_synchronised(norm):
+    return isinstance(norm, SyncBatchNorm | nn.SyncBatchNorm)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -632,7 +756,7 @@ def file_path(text):
 VTE_HELP = {
     "encoder": "default: the paper's, alexnet for stl10 and nin for all else; both must be the same in both phases",
     "image_size": "images are resized to this side; 32 as in the paper by default",
-    "batch_size": "default: 512 for stl10, 256 for all else; smaller for few images",
+    "batch_size": "default: 512 for stl10, 256 for all else; of all processes together under torchrun",
     "lr": "Adam's; 1e-4 for long runs as in the paper, 5e-4 for runs of few epochs; sigma can diverge above that",
 }
 
@@ -654,9 +778,18 @@ def training_parser(description, example, output, encoders=("nin", "alexnet"), l
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 autocast where the hardware has it; fp32 if a loss looks noisy")
+    add("--compile", choices=["auto", "off", "inductor", "cudagraphs"], default="auto",
+        help="torch.compile of the model, on CUDA also as CUDA graphs; auto: off, until measured to be faster")
+    add("--data-on", choices=["auto", "device", "host"], default="auto",
+        help="where the images are kept; auto: on the device if they take at most half of its free memory")
+    add("--sync-bn", action="store_true", help="under torchrun: batch normalisation over the batches of all processes")
+    add("--deterministic", action="store_true", help="on a GPU: the same seed gives the same bits, slower; a CPU's "
+        "always does")
     add("--limit", type=positive(int), metavar="N", help="train on the first N images only, for tries")
     add("--output", type=file_path, default=output,
         help="checkpoint to write, the log goes beside it (default: %(default)s)")
+    add("--save-every", type=positive(int), default=1, metavar="EPOCHS", help="epochs between checkpoints (default: 1)")
+    add("--resume", action="store_true", help="go on from --output where it was left, if it is there")
     return parser
 
 
@@ -689,11 +822,21 @@ def choose_precision(name, device):
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
+UNTIED = (  # settings that a resumed run may change
+    "device", "data_on", "data_dir", "compile", "deterministic", "save_every", "resume", "output", "pretrained",
+)
+MAY_BE_HELD = 0.5  # of the device's free memory, by the images
+
+
 class Run:
-    """One training run: device, precision, seeds, images, batches, log, checkpoints. It knows no method and no loss.
+    """One training run: device, precision, seeds, images, batches, log, checkpoints, processes. It knows no method and
+    no loss.
 
     pretrained: the checkpoint (a dict) this run builds on; its data set, sizes and normalisation are the defaults.
     yardsticks: constants logged beside the metrics, {name: value}. split: the images to train on.
+
+    All that is random in an epoch follows from seed, method and the epoch's number, and the noise in the model also
+    from the process: a run that is resumed goes on as if it had never stopped.
     """
 
     def __init__(self, method, args, pretrained=None, yardsticks=None, split="unlabeled"):
@@ -710,114 +853,332 @@ class Run:
             raise UserError(f"--image-size {args.image_size} is too small: give 8 or more", exit_code=2)
         if args.image_size < 32 and args.encoder == "alexnet":
             raise UserError("--encoder alexnet takes images of 32 pixels or more", exit_code=2)
-        if args.batch_size < 2:
-            raise UserError("--batch-size 1 is too small: batch normalisation takes 2 or more", exit_code=2)
         self.method, self.args, self.yardsticks = method, args, yardsticks or {}
-        self.device = choose_device(args.device)
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if args.batch_size < 2 * started:
+            raise UserError(f"--batch-size {args.batch_size} is too small: batch normalisation takes 2 or more in each "
+                            "process", exit_code=2)
+        if args.batch_size % started:
+            raise UserError(f"--batch-size {args.batch_size} cannot be shared by {started} processes: give a multiple",
+                            exit_code=2)
+        self.device = join_processes(choose_device(args.device))
+        self.rank, self.processes = processes()
         self.dtype = choose_precision(args.precision, self.device)
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         self.output = Path(args.output)
         self.log = Path(args.output.removesuffix(".ckpt") + ".jsonl")
-        self._check_output()
-        images, _, _ = load_images(args.dataset, split, args.data_dir, args.image_size)
+        self.left = self._check_output()  # the checkpoint to go on from, or None
+        with first_process_first():
+            images, _, _ = load_images(args.dataset, split, args.data_dir, args.image_size)
         images = images[: args.limit]
         if len(images) < 2:
             raise UserError("one image is too few to train on: give a larger --limit or more images", exit_code=2)
         if args.batch_size > len(images):
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(images)} training images: "
                             f"give at most --batch-size {len(images)}", exit_code=2)
-        self.images = images.to(self.device)  # (N, 3, S, S) uint8
         mean, std = (given["mean"], given["std"]) if pretrained else image_statistics(args.dataset, images)
-        self.config = {**vars(args), "mean": list(mean), "std": list(std)}
+        self.config = {**vars(args), "images": len(images), "mean": list(mean), "std": list(std)}
+        self._check_settings()
+        self._place(images)
         self.scale, self.shift = normalization(mean, std, self.device)
         self.size = args.image_size
-        torch.manual_seed(args.seed)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        print(f"{method}: {len(images):,} images of {args.dataset}, {args.encoder}, {self.device.type}, "
-              f"{str(self.dtype).removeprefix('torch.')}, seed {args.seed}")
+        self.generator = torch.Generator(self.device)
+        torch.manual_seed(args.seed)  # of the weights
+        self.stopped_by = None
+        self.say(f"{method}: {len(images):,} images of {args.dataset}, {args.encoder}, {self.device.type}"
+                 + (f" x {self.processes}" if self.processes > 1 else "")
+                 + f", {str(self.dtype).removeprefix('torch.')}, seed {args.seed}")
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
 
     def _check_output(self):
         """Before hours of training, not after: the checkpoint can be written, and writing it loses nothing."""
+        left = None
+        if self.args.resume and self.output.exists():
+            left = load_checkpoint(self.output, self.method)
+            if not isinstance(left.get("optimizer"), dict):
+                raise UserError(f"'{self.output}' holds no state of its optimiser: it cannot be resumed")
         for path in (self.output, self.log):
-            if path.exists():
-                raise UserError(f"'{path}' exists already: give another --output, or remove it", exit_code=2)
+            if path.exists() and not self.args.resume:
+                raise UserError(f"'{path}' exists already: give another --output, or remove it, or go on from it with "
+                                "--resume", exit_code=2)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.output.parent):
                 pass
         except OSError as error:
             raise UserError(f"cannot write '{self.output}' ({error.strerror}): give another --output") from error
+        return left
+
+    def _check_settings(self):
+        """A resumed run is the run that was left."""
+        given = self.left["config"] if self.left else self.config
+        for name, value in self.config.items():
+            if name not in UNTIED and given.get(name) != value:
+                if name == "epochs" and not self.left.get("schedule"):
+                    continue  # nothing but its length depends on it
+                raise UserError(f"'{self.output}' was trained with {name.replace('_', ' ')} {given.get(name)}, not "
+                                f"{value}: --resume takes the settings it began with", exit_code=2)
+
+    def _place(self, images):
+        """The images on the device, or where they do not fit in page-locked memory of the host."""
+        where = self.args.data_on
+        if where == "auto":
+            on_host = self.device.type == "cuda" and images.nbytes > MAY_BE_HELD * torch.cuda.mem_get_info()[0]
+            where = "host" if on_host else "device"
+        self.on_device = where == "device"
+        self.images = images.to(self.device) if self.on_device else images  # (N, 3, S, S) uint8
+        if not self.on_device and self.device.type == "cuda":
+            self.images, self.copy_stream = images.pin_memory(), torch.cuda.Stream(self.device)
 
     def prepare(self, model):
-        """Moves the model to the device, in the layout its convolutions are fastest in."""
-        return model.to(self.device, memory_format=torch.channels_last)
+        """Moves the model to the device, in the layout its convolutions are fastest in; under torchrun, for all
+        processes together (DistributedDataParallel)."""
+        model = model.to(self.device, memory_format=torch.channels_last)
+        if self.left:
+            load_weights(model, self.left["model"], self.output)
+        if self.processes > 1 and self.args.sync_bn:
+            model = synchronise_batch_norm(model, self.device)
+        if self.args.compile in ("inductor", "cudagraphs"):
+            model.compile(mode="reduce-overhead" if self.args.compile == "cudagraphs" else None, dynamic=False)
+        if self.processes > 1:
+            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return model
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def epochs(self, model, optimizer):
-        """Yields 1, 2, ...; after each epoch logs its means and writes the checkpoint."""
-        for epoch in range(1, self.args.epochs + 1):
-            self.epoch, self._sums, self._seen, self._start = epoch, {}, 0, time.perf_counter()
-            self._bar = tqdm(total=len(self.images), desc=f"epoch {epoch}/{self.args.epochs}", unit=" images",
-                             leave=False, disable=None)
-            self._shown = self._start
-            model.train()
-            yield epoch
-            self._bar.close()
-            self._finish_epoch(model, optimizer)
+    def seed_of(self, *parts):
+        """A seed of 63 bits for one purpose."""
+        text = repr((self.args.seed, self.method, *parts))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def epochs(self, model, optimizer, schedule=None):
+        """Yields the numbers of the epochs that are left, 1, 2, ...; after each, logs its means, sets the next learning
+        rate and writes the checkpoint."""
+        self._trained = getattr(model, "module", model), optimizer, schedule
+        first, position = self._go_on()
+        if first > self.args.epochs:
+            self.say(f"'{self.output}' has all of its {self.args.epochs} epochs already")
+        self._check_space()
+        with self._signals():
+            for epoch in range(first, self.args.epochs + 1):
+                self.epoch, self._start = epoch, time.perf_counter()
+                self.generator.manual_seed(self.seed_of(epoch))
+                torch.manual_seed(self.seed_of(epoch, "noise", self.rank))
+                self._sums, self._seen, self._done, self._spent = {}, 0, 0, 0.0
+                self._position = position
+                self._bar = tqdm(total=len(self.images), desc=f"epoch {epoch}/{self.args.epochs}", unit=" images",
+                                 leave=False, disable=True if self.rank else None)
+                self._shown = self._start
+                model.train()
+                yield epoch
+                self._bar.close()
+                self._finish_epoch()
+                position = None
         self._bar = None
 
-    def batches(self):
-        """Index tensors on the device: all images once, in random order. A last batch of one image, which batch
-        normalisation cannot take, is left out."""
-        order = torch.randperm(len(self.images), generator=self.generator, device=self.device)
-        for index in order.split(self.args.batch_size):
-            if len(index) > 1:
-                yield index
+    def _go_on(self):
+        """The epoch to begin with, and where in it (None: at its start). What the log says beyond that is dropped."""
+        model, optimizer, schedule = self._trained
+        finished, position = 0, None
+        if self.left:
+            finished, position = self.left["epoch"], self.left.get("position")
+            try:
+                optimizer.load_state_dict(self.left["optimizer"])
+                if schedule is not None:
+                    schedule.load_state_dict(self.left["schedule"])
+            except Exception as error:
+                raise UserError(f"the state of the optimiser in '{self.output}' does not fit it") from error
+            self.say(f"going on from '{self.output}', epoch {finished}" + (" and a part" if position else ""))
+        self.left, self._saved = None, finished
+        if self.rank == 0 and self.args.resume:
+            lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
+            if len(lines) > finished:
+                write_atomically(self.log, lambda file: file.write("".join(lines[:finished]).encode()))
+            for remains in self.output.parent.glob(f"{self.output.name}.*.tmp"):  # of a process that was killed
+                remains.unlink(missing_ok=True)
+        return finished + 1, position
+
+    def _check_space(self):
+        """Weights, their optimiser's state, and the checkpoint before, beside each other."""
+        model = self._trained[0]
+        needed = sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
+        needed += sum(value.nbytes for value in model.state_dict().values())
+        free = shutil.disk_usage(self.output.parent).free
+        if free < needed:
+            raise UserError(f"'{self.output.parent}' has {free >> 20} MiB left and a checkpoint takes {needed >> 20}: "
+                            "make room, or give another --output")
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGINT and SIGTERM end the run after the step that is being made; a second one ends it at once."""
+        def note(number, frame):
+            if self.stopped_by is not None:
+                raise KeyboardInterrupt
+            self.stopped_by = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def batches(self, *samplers, together=1):
+        """All images once, in random order, in batches: (images, index, *drawn), all on the device, where images[index]
+        are the batch and drawn is what each sampler(n, size, generator) drew for it, a tensor of n rows or a dict of
+        them. Everything is drawn at once for the whole epoch.
+
+        A last batch of one image, which batch normalisation cannot take, is left out. Of several processes each gets
+        its share of every batch, all equally many and a multiple of `together`; what cannot be shared is left out.
+        """
+        n, device = len(self.images), self.device
+        order = torch.randperm(n, generator=self.generator, device=device)
+        drawn = [sampler(n, self.size, self.generator) for sampler in samplers]
+        shares = []
+        for start in range(0, n, self.args.batch_size):
+            share = min(self.args.batch_size, n - start)
+            if self.processes > 1:
+                share = share // self.processes // together * together
+            if share > 1:
+                shares.append(slice(start + self.rank * share, start + (self.rank + 1) * share))
+        if self._position:
+            shares = self._return_to(shares)
+
+        def rows(values, share):
+            return {name: rows(value, share) for name, value in values.items()} if isinstance(values, dict) \
+                else values[share]
+
+        for share, (images, index) in zip(shares, self._fetched(order, shares), strict=True):
+            if self.args.compile == "cudagraphs":
+                torch.compiler.cudagraph_mark_step_begin()
+            yield images, index, *(rows(values, share) for values in drawn)
+
+    def _fetched(self, order, shares):
+        """(images, index) of each share; from the host they are copied while the batches before are computed with."""
+        if self.on_device:
+            yield from ((self.images, order[share]) for share in shares)
+            return
+        order, cuda = order.cpu(), self.device.type == "cuda"
+
+        def fetch(share):
+            rows = torch.empty(share.stop - share.start, *self.images.shape[1:], dtype=torch.uint8, pin_memory=cuda)
+            torch.index_select(self.images, 0, order[share], out=rows)
+            if not cuda:
+                return rows, None
+            with torch.cuda.stream(self.copy_stream):
+                return rows.to(self.device, non_blocking=True), self.copy_stream.record_event()
+
+        with ThreadPoolExecutor(1) as thread:
+            left, coming = iter(shares), deque()
+            while True:
+                coming.extend(thread.submit(fetch, share) for share in itertools.islice(left, 2 - len(coming)))
+                if not coming:
+                    return
+                batch, ready = coming.popleft().result()
+                if ready is not None:
+                    ready.wait()
+                    batch.record_stream(torch.cuda.current_stream())
+                yield batch, torch.arange(len(batch), device=self.device)
 
     def step(self, loss, metrics, count):
         """Adds a step's loss and metrics, scalars on the device, to the epoch's means. Waits for the device only to
-        show the loss in the progress bar, twice a second at most."""
-        for name, value in {"loss": loss, **metrics}.items():
-            total, images = self._sums.get(name, (0, 0))
-            self._sums[name] = total + value.detach().float() * count, images + count
-        self._seen += count
-        self._bar.update(count)
+        show the loss in the progress bar, twice a second at most. Ends the run if a signal asked for it."""
+        names = ("loss", *metrics)
+        values = torch.stack([value.detach().float() for value in (loss, *metrics.values())])
+        total, images = self._sums.get(names, (torch.zeros_like(values), 0))
+        self._sums[names] = total.add(values, alpha=count), images + count
+        self._seen += count * self.processes
+        self._done += 1
+        self._bar.update(count * self.processes)
         if not self._bar.disable and time.perf_counter() - self._shown > 0.5:
             self._shown = time.perf_counter()
             self._bar.set_postfix_str(f"loss {loss.item():.4f}")
-
-    def mean(self, name):
-        """The mean of a metric over the images of this epoch so far; waits for the device."""
-        total, images = self._sums[name]
-        return (total / images).item()
+        if self.stopped_by is not None:
+            self._stop()
 
     def means(self):
-        return {name: self.mean(name) for name in self._sums}
+        """The mean of each metric over the images of this epoch so far, over all processes; waits for the device."""
+        totals = {}
+        for names, (values, images) in self._sums.items():
+            values = average(values).tolist()
+            for name, value in zip(names, values, strict=True):
+                total, seen = totals.get(name, (0.0, 0))
+                totals[name] = total + value, seen + images
+        return {name: total / images for name, (total, images) in totals.items()}
 
-    def _finish_epoch(self, model, optimizer):
-        means = self.means()
-        seconds = time.perf_counter() - self._start
+    def _finish_epoch(self):
+        model, optimizer, schedule = self._trained
+        means, rate = self.means(), optimizer.param_groups[0]["lr"]
+        seconds = self._spent + time.perf_counter() - self._start
         bad = [f"the {name} became {value}" for name, value in means.items() if not math.isfinite(value)]
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             bad.append("weights became infinite or NaN")
         if bad:
-            kept = f"; the checkpoint of epoch {self.epoch - 1} is kept in '{self.output}'" if self.epoch > 1 else ""
+            kept = f"; the checkpoint of epoch {self._saved} is kept in '{self.output}'" if self._saved else ""
             raise UserError(f"{bad[0]} in epoch {self.epoch}{kept}: try a lower --lr or --precision fp32")
-        row = {"epoch": self.epoch, **means, **self.yardsticks, "images_per_second": self._seen / seconds,
+        if schedule is not None:
+            schedule.step()
+        row = {"epoch": self.epoch, **means, **self.yardsticks, "lr": rate, "images_per_second": self._seen / seconds,
                "seconds": seconds}
-        try:
-            with open(self.log, "a") as log:
-                log.write(json.dumps(row) + "\n")
-            save_checkpoint(self.output, self.method, self.config, model, optimizer, self.epoch)
-        except OSError as error:
-            raise UserError(f"cannot write '{self.output}' ({error}); what was there before is kept") from error
+        if self.rank == 0:
+            try:
+                with open(self.log, "a") as log:
+                    log.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write '{self.log}' ({error}); what was there before is kept") from error
+            if self.epoch % self.args.save_every == 0 or self.epoch == self.args.epochs:
+                self._save(self.epoch)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         shown += "".join(f"  {name} {value:g}" for name, value in self.yardsticks.items())
-        print(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {row['images_per_second']:.0f} images/s", flush=True)
+        self.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {row['images_per_second']:.0f} images/s")
+
+    def _save(self, epoch, position=None):
+        model, optimizer, schedule = self._trained
+        try:
+            save_checkpoint(self.output, self.method, self.config, model, optimizer, epoch,
+                            schedule=schedule and schedule.state_dict(), position=position)
+        except OSError as error:
+            raise UserError(f"cannot write '{self.output}' ({error}); what was there before is kept") from error
+        self._saved = epoch
+
+    def _stop(self):
+        """Saves the run within its epoch and ends it. Several processes notice a signal at different steps, so they
+        end with what the last epoch left."""
+        self._bar.close()
+        if self.processes == 1:
+            self._save(self.epoch - 1, {
+                "batches": self._done, "seen": self._seen, "seconds": self._spent + time.perf_counter() - self._start,
+                "sums": [(list(names), values.cpu(), images) for names, (values, images) in self._sums.items()],
+                "noise": [torch.get_rng_state(),
+                          torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None],
+            })
+        if self.rank == 0:
+            flags = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
+            command = "torchrun ..." if self.processes > 1 else "python"
+            print(f"stopped in epoch {self.epoch}; to go on: {command} {shlex.join(flags)}", file=sys.stderr)
+        sys.exit(128 + self.stopped_by)
+
+    def _return_to(self, shares):
+        """Back to where `_stop` left the epoch; the batches that are left."""
+        at, self._position = self._position, None
+        self._done, self._seen, self._spent = at["batches"], at["seen"], at["seconds"]
+        self._sums = {tuple(names): (values.to(self.device), images) for names, values, images in at["sums"]}
+        torch.set_rng_state(at["noise"][0])
+        if self.device.type == "cuda" and at["noise"][1] is not None:
+            torch.cuda.set_rng_state(at["noise"][1], self.device)
+        self._bar.update(self._seen)
+        return shares[self._done :]
 
     def finish(self, next_command):
-        print(f"wrote {self.output} and {self.log}\nnext: {next_command}")
+        self.say(f"wrote {self.output} and {self.log}\nnext: {next_command}")
+        if self.processes > 1:
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -825,26 +1186,42 @@ class Run:
 FORMAT_VERSION = 1
 
 
-def save_atomically(value, path):
-    """torch.save by way of a temporary file: the path holds the old contents or the new, whole, never a part."""
+def write_atomically(path, write):
+    """write(file) by way of a temporary file: the path holds the old contents or the new, whole, never a part."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(value, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(Path(path).parent, os.O_RDONLY)  # the new name is to survive a power cut, too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except RuntimeError as error:  # how torch.save reports a disk that is full
         raise OSError(errno.EIO, str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, method, config, model, optimizer, epoch):
-    """A plain dict of tensors and plain values; `model.encoder` is what the probe evaluates."""
+def save_atomically(value, path):
+    write_atomically(path, lambda file: torch.save(value, file))
+
+
+def save_checkpoint(path, method, config, model, optimizer, epoch, schedule=None, position=None):
+    """A plain dict of tensors and plain values; `model.encoder` is what the probe evaluates. epoch: how many are
+    finished; position: where in the next one, if not at its start; schedule: the state of the learning rate's."""
     save_atomically({"format_version": FORMAT_VERSION, "method": method, "config": config, "epoch": epoch,
                      "encoder": model.encoder.state_dict(), "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict()}, path)
+                     "optimizer": optimizer.state_dict(), "schedule": schedule, "position": position}, path)
+
+
+def load_weights(model, state, path):
+    """Into the model, after `check_weights`. Raises UserError."""
+    check_weights(model, state, path, "the model")
+    model.load_state_dict(state)
 
 
 PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {

@@ -17,6 +17,8 @@ What the papers do not state and this script chose is printed with the table and
 import json
 import os
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,7 @@ LOGISTIC_C, LOGISTIC_ITERATIONS = 1.0, 100  # the paper's 100 iterations of SAG;
 LINEAR_WEIGHTS = np.logspace(5, -6, 45)  # L2 weight beside the mean loss; strongest first, each fit starts at the last
 LINEAR_ITERATIONS, LINEAR_VALIDATION = 100, 0.2
 LINEAR_PIXELS = 10_000_000  # labels x dimensions; of raw pixels beyond it 46 fits would take long: left out
+KNN_PAIRS = 1 << 28  # distances on a GPU at once: 1 GiB
 CALIBRATION_IMAGES, ENCODE_BATCH = 2048, 500
 NAMES = {"mlp": "MLP", "knn": "k-NN", "logistic": "logistic regression", "linear": "linear, L2 weight chosen"}
 
@@ -149,22 +152,47 @@ def mlp_predictions(representation, index, labels, classes, passes, device, dtyp
             yield model(scaled(representation.draw("test")).to(device)).argmax(1).cpu().numpy()
 
 
-def knn_predictions(representation, index, labels, passes):
-    model = KNeighborsClassifier(min(NEIGHBOURS, len(index)), algorithm="brute", n_jobs=-1)
-    model.fit(representation.draw("train")[index].numpy(), labels.numpy())
+def vote_of_nearest(train, labels, queries, neighbours, pairs=KNN_PAIRS):
+    """What KNeighborsClassifier predicts, on any device: train (N, D), labels (N,) from 0, queries (M, D) -> (M,). Of
+    equally many votes the first class wins; which of equally near neighbours counts is left open, as there. pairs: how
+    many distances are held at once."""
+    classes = int(labels.max()) + 1
+    last_to_first = torch.arange(classes - 1, -1, -1, device=train.device)
+    norms, predicted = train.square().sum(1), []
+    for part in queries.split(max(1, pairs // len(train))):
+        distances = torch.addmm(norms, part, train.T, alpha=-2)  # squared, less what is the same for all neighbours
+        nearest = labels[distances.topk(neighbours, largest=False).indices]
+        votes = nn.functional.one_hot(nearest, classes).sum(1)
+        predicted.append((votes * classes + last_to_first).argmax(1))
+    return torch.cat(predicted)
+
+
+def knn_predictions(representation, index, labels, passes, device):
+    """scikit-learn's on the CPU; on a GPU the same, there."""
+    train, neighbours = representation.draw("train")[index], min(NEIGHBOURS, len(index))
+    model = KNeighborsClassifier(neighbours, algorithm="brute", n_jobs=-1)
+    model.fit(train.numpy(), labels.numpy())
+    train, labels = train.to(device), labels.to(device)
     for _ in range(passes):
-        yield model.predict(representation.draw("test").numpy())
+        test = representation.draw("test")
+        if device.type == "cpu":
+            yield model.predict(test.numpy())
+        else:
+            yield vote_of_nearest(train, labels, test.to(device), neighbours).cpu().numpy()
 
 
 def logistic_predictions(representation, index, labels, passes, seed):
+    """Draws the features now and returns a function that fits and predicts, so that several fits can run at once."""
     train = representation.draw("train")[index]
-    scaled = standardizer(train)
-    model = LogisticRegression(solver="sag", C=LOGISTIC_C, max_iter=LOGISTIC_ITERATIONS, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 100 iterations are the protocol
+    tests = [representation.draw("test") for _ in range(passes)]
+
+    def fit_and_predict():
+        scaled = standardizer(train)
+        model = LogisticRegression(solver="sag", C=LOGISTIC_C, max_iter=LOGISTIC_ITERATIONS, random_state=seed)
         model.fit(scaled(train).numpy(), labels.numpy())
-    for _ in range(passes):
-        yield model.predict(scaled(representation.draw("test")).numpy())
+        return [model.predict(scaled(test).numpy()) for test in tests]
+
+    return fit_and_predict
 
 
 def linear_predictions(representation, index, labels, passes, seed):
@@ -204,19 +232,38 @@ def error_rate(predicted, labels, per_class):
 
 def errors_of(classifier, representation, index, train_labels, test_labels, passes, seed, device, dtype,
               per_class=False):
-    """The error rate of each pass over the test images; one pass where nothing is sampled."""
+    """A function that returns the error rate of each pass over the test images; one pass where nothing is sampled. All
+    is done when this returns, but for logistic fits, which the function does: several can run at once."""
     torch.manual_seed(seed)
     passes = passes if representation.sampled else 1
     labels, classes = train_labels[index], int(train_labels.max()) + 1
+    fit_and_predict = None
     if classifier == "mlp":
-        predictions = mlp_predictions(representation, index, labels, classes, passes, device, dtype)
+        predictions = list(mlp_predictions(representation, index, labels, classes, passes, device, dtype))
     elif classifier == "knn":
-        predictions = knn_predictions(representation, index, labels, passes)
-    elif classifier == "logistic":
-        predictions = logistic_predictions(representation, index, labels, passes, seed)
+        predictions = list(knn_predictions(representation, index, labels, passes, device))
+    elif classifier == "linear":
+        predictions = list(linear_predictions(representation, index, labels, passes, seed))
     else:
-        predictions = linear_predictions(representation, index, labels, passes, seed)
-    return [error_rate(predicted, test_labels.numpy(), per_class) for predicted in predictions]
+        fit_and_predict = logistic_predictions(representation, index, labels, passes, seed)
+
+    def errors():
+        predicted = fit_and_predict() if fit_and_predict else predictions
+        return [error_rate(labels_of_pass, test_labels.numpy(), per_class) for labels_of_pass in predicted]
+
+    return errors
+
+
+def run_ahead(functions, workers):
+    """The results of an iterable of functions, in its order; so many are computed at once, and no more are held."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for function in functions:
+            waiting.append(pool.submit(function))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def load_checkpoints(paths, dataset):
@@ -291,9 +338,12 @@ def probe(args):
         notes += [f"linear, {size:,} labels: raw pixels left out, whose fits would take long" for size in too_large]
     if not work:
         raise UserError(f"nothing is left to evaluate: {notes[-1]}; give larger --train-sizes", exit_code=2)
-    for classifier, representation, size in tqdm(work, desc="classifiers", leave=False, disable=None):
-        errors = errors_of(classifier, representation, subsets[size], labels, test_labels, args.passes, args.seed,
-                           device, dtype, args.mean_per_class)
+    errors_of_all = run_ahead((errors_of(classifier, representation, subsets[size], labels, test_labels, args.passes,
+                                         args.seed, device, dtype, args.mean_per_class)
+                               for classifier, representation, size in work), workers=os.cpu_count())
+    warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are the protocols'
+    progress = tqdm(errors_of_all, desc="classifiers", total=len(work), leave=False, disable=None)
+    for (classifier, representation, size), errors in zip(work, progress, strict=True):
         rows.append({"checkpoint": representation.checkpoint, "method": representation.method,
                      "features": representation.features, "classifier": classifier, "train_size": size,
                      "error_mean": float(np.mean(errors)),

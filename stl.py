@@ -48,10 +48,12 @@ from common import (
     UserError,
     build_encoder,
     check_weights,
+    gather,
     load_checkpoint,
     load_encoder,
     non_negative,
     note_once,
+    own_rows,
     positive,
     run_command,
     training_parser,
@@ -292,10 +294,10 @@ def nt_xent(a, b, temperature=0.2):
     """Normalised, temperature-scaled cross-entropy (SimCLR's): a_i and b_i are to find each other among all other rows
     of both. a, b: (N, D). Mean over the 2N rows."""
     z = F.normalize(torch.cat([a, b]).float(), dim=1)
-    scores = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # nobody is compared with itself
-    n = len(a)
-    positives = torch.arange(2 * n, device=z.device).roll(n)  # i finds i + n, i + n finds i
-    return F.cross_entropy(scores, positives)
+    own = own_rows(len(z), z.device)
+    scores = z @ gather(z).T / temperature
+    scores = scores.scatter(1, own[:, None], -torch.inf)  # nobody is compared with itself
+    return F.cross_entropy(scores, own.roll(len(a)))  # i finds i + n, i + n finds i
 
 
 def stl_loss(compared, weights, temperature=0.2):
@@ -331,28 +333,31 @@ def train(args):
     run = Run("stl" if len(weights) == 3 else "stl_" + "_".join(weights), args, split="train+unlabeled")
     encoder = build_encoder(args.encoder, args.image_size, probabilistic=False)
     model = run.prepare(STL(encoder, args.preset, weights))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     normalize = run.scale * 255, run.shift  # for images in [0, 1]
     together = 2 if args.batch == "aligned" else 1
 
-    for epoch in run.epochs(model, optimizer):
-        for index in run.batches():
-            n, views = len(index), []
-            for _ in range(2):
-                shared = sample_transformations(-(-n // together), run.size, run.generator)
-                shared = align(shared, n) if together == 2 else shared
-                own = sample_flips_and_blurs(n, run.generator)
-                views.append(transform(run.images, index, shared, own, normalize, run.dtype,
-                                       together if args.augmix else None))
+    def sample_shared(n, size, generator):
+        shared = sample_transformations(-(-n // together), size, generator)
+        return align(shared, n) if together == 2 else shared
+
+    def sample_own(n, size, generator):
+        return sample_flips_and_blurs(n, generator)
+
+    for epoch in run.epochs(model, optimizer, schedule):
+        batches = run.batches(sample_shared, sample_own, sample_shared, sample_own, together=together)
+        for source, index, shared1, own1, shared2, own2 in batches:
+            views = [transform(source, index, shared, own, normalize, run.dtype, together if args.augmix else None)
+                     for shared, own in ((shared1, own1), (shared2, own2))]
             with run.autocast():
                 compared = model(*views)
             loss, metrics = stl_loss(compared, weights, args.temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.step(loss, {**metrics, "lr": torch.tensor(schedule.get_last_lr()[0])}, n)
-        schedule.step()
+            run.step(loss, metrics, len(index))
         watch(run, epoch, args.epochs)
     run.finish(f"python probe.py {args.output} --classifiers knn linear")
 
@@ -386,6 +391,8 @@ def parse_args():
     args.image_size = args.image_size or (96 if args.dataset == "stl10" else 32)
     args.batch_size = args.batch_size or 256
     args.probabilistic = False
+    if args.batch == "aligned" and args.batch_size % 2:
+        parser.error(f"--batch-size {args.batch_size} is odd: aligned batches are made of pairs")
     if not args.inv + args.equi + args.trans:
         parser.error("--inv, --equi and --trans are all 0: nothing is left to minimise")
     return args

@@ -100,15 +100,13 @@ def train(args):
     deep = args.encoder == "alexnet"
     model = run.prepare(VTEBarberAgakov(encoder, phase_one, deep, args.from_scratch, args.steerable))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr)  # no weight decay, no schedule
+    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)  # no weight decay, no schedule
 
     for _ in run.epochs(model, optimizer):
-        for index in run.batches():
-            crops = sample_crops(len(index), run.size, run.generator)
-            coefficients = sample_coefficients(len(index), run.size, run.generator)
+        for source, index, crops, coefficients in run.batches(sample_crops, sample_coefficients):
             t = transformation_target(coefficients, run.size)
-            images = warp_batch(run.images, index, crops, None, run.scale, run.shift, run.dtype)
-            transformed = warp_batch(run.images, index, crops, coefficients, run.scale, run.shift, run.dtype)
+            images = warp_batch(source, index, crops, None, run.scale, run.shift, run.dtype)
+            transformed = warp_batch(source, index, crops, coefficients, run.scale, run.shift, run.dtype)
             with run.autocast():
                 prediction, z, logvar = model(images, transformed, t)
             loss, metrics = vte_ba_loss(prediction, z, logvar)

@@ -22,20 +22,24 @@ are as in vte_ba.py; z_std is the standard deviation of z over the batch.
 """
 
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from tqdm import tqdm
 
 from common import (
     Run,
     build_encoder,
     file_path,
+    gather,
+    is_synchronised,
     load_checkpoint,
     load_encoder,
+    note_once,
+    own_rows,
+    pool_moments,
+    processes,
     reparameterize,
     run_command,
     sample_coefficients,
@@ -94,7 +98,7 @@ class ConcatenatedCritic(nn.Module):
 
     def forward(self, z_hat, z):
         first, last = self.layers[0], self.layers[-1]
-        a = F.linear(z_hat, first.weight[:, : z_hat.shape[1]])  # (N, H)
+        a = gather(F.linear(z_hat, first.weight[:, : z_hat.shape[1]]))  # (N, H), of all processes
         b = F.linear(z, first.weight[:, z_hat.shape[1] :], first.bias)  # (N, H)
         rows = max(1, CHUNK.get(a.device.type, 1 << 20) // a.numel())
         real = last.weight.dtype  # the pairs' sums are not rounded to what autocast computes the products in
@@ -139,6 +143,8 @@ def batch_norm_affine(norm, statistics, count):
     of the input's `count` rows, which also update the running statistics; else from the running statistics."""
     if norm.training:
         mean, variance = statistics()
+        if is_synchronised(norm):
+            mean, variance, count = *pool_moments(mean, variance), count * processes()[1]
         with torch.no_grad():
             norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
             norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
@@ -168,7 +174,7 @@ class SeparatedCritic(nn.Module):
 
     def forward(self, z_hat, z):
         real = self.h[0].weight.dtype
-        h, g = self.h(z).to(real), self.g(z_hat).to(real)
+        h, g = self.h(z).to(real), gather(self.g(z_hat).to(real))
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round scores in the hundreds to units
             return h @ g.T
 
@@ -201,8 +207,8 @@ class VTEInfoNCE(nn.Module):
 def vte_infonce_loss(scores, z, logvar):
     """- log softmax of each row at its diagonal element, mean over the batch (VTE eq. 19, 20). scores: (N, N), row i
     for z_i; z, logvar: (N, 512). Returns the loss and metrics, all scalars, in nats."""
-    loss = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
-    ceiling = torch.full_like(loss, math.log(len(scores)))
+    loss = F.cross_entropy(scores, own_rows(len(scores), scores.device))
+    ceiling = torch.full_like(loss, math.log(scores.shape[1]))
     metrics = {"bound": ceiling - loss, "ceiling": ceiling, "logvar": logvar.mean(), "z_std": z.std(0).mean()}
     return loss, metrics
 
@@ -220,15 +226,12 @@ def train(args):
     critic = ConcatenatedCritic(deep) if args.critic == "concatenated" else SeparatedCritic(deep)
     model = run.prepare(VTEInfoNCE(encoder, phase_one, critic, args.from_scratch))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr)  # no weight decay, no schedule
+    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)  # no weight decay, no schedule
 
-    warned = False
     for _ in run.epochs(model, optimizer):
-        for index in run.batches():
-            crops = sample_crops(len(index), run.size, run.generator)
-            coefficients = sample_coefficients(len(index), run.size, run.generator)
-            images = warp_batch(run.images, index, crops, None, run.scale, run.shift, run.dtype)
-            transformed = warp_batch(run.images, index, crops, coefficients, run.scale, run.shift, run.dtype)
+        for source, index, crops, coefficients in run.batches(sample_crops, sample_coefficients):
+            images = warp_batch(source, index, crops, None, run.scale, run.shift, run.dtype)
+            transformed = warp_batch(source, index, crops, coefficients, run.scale, run.shift, run.dtype)
             with run.autocast():
                 scores, z, logvar = model(images, transformed)
             loss, metrics = vte_infonce_loss(scores, z, logvar)
@@ -236,10 +239,10 @@ def train(args):
             loss.backward()
             optimizer.step()
             run.step(loss, metrics, len(index))
-        if not warned and run.mean("bound") > 0.99 * run.mean("ceiling"):
-            warned = True
-            tqdm.write(f"warning: the bound has reached its ceiling, log N = {run.mean('ceiling'):.2f} nats: batches "
-                       f"of {args.batch_size} cannot measure more; a larger --batch-size can", file=sys.stderr)
+        means = run.means()
+        if means["bound"] > 0.99 * means["ceiling"]:
+            note_once(f"the bound has reached its ceiling, log N = {means['ceiling']:.2f} nats: batches of "
+                      f"{args.batch_size} cannot measure more; a larger --batch-size can")
     run.finish(" ".join(["python probe.py", *filter(None, [args.pretrained]), args.output]))
 
 

@@ -1,8 +1,11 @@
 """The probe: its subsets, its classifiers on representations with known answers, its rows."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 import probe
 from common import NIN, UserError
@@ -22,7 +25,7 @@ def planted(separation, noise_logvar, n=600, classes=3, dimensions=8, features="
 def run(classifier, representation, train_labels, test_labels, passes=5):
     index = torch.arange(len(train_labels))
     return errors_of(classifier, representation, index, train_labels, test_labels, passes, 0, torch.device("cpu"),
-                     torch.float32)
+                     torch.float32)()
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +101,9 @@ def test_a_strong_weight_is_chosen_where_features_are_noise():
     representation = Representation("a.ckpt", "planted", "mu", (features[:400], None), (features[400:], None))
     index = torch.arange(80)
     chosen = errors_of("linear", representation, index, labels[:400], labels[400:], 1, 0, torch.device("cpu"),
-                       torch.float32)[0]
+                       torch.float32)()[0]
     logistic = errors_of("logistic", representation, index, labels[:400], labels[400:], 1, 0, torch.device("cpu"),
-                         torch.float32)[0]
+                         torch.float32)()[0]
     assert chosen < min(0.1, logistic)
 
 
@@ -186,3 +189,26 @@ def test_a_cell_that_was_left_out_is_empty_in_both_tables(tmp_path, capsys):
     assert line.split() == ["raw", "pixels", "-", "0.250"]
     probe.write_markdown(rows, ["a note"], tmp_path / "a.md")
     assert "| raw pixels |  |  | 0.250 |" in (tmp_path / "a.md").read_text()
+
+
+@pytest.mark.parametrize("neighbours, classes", [(5, 10), (4, 2), (2, 7), (1, 3)])
+def test_neighbours_on_the_device_vote_as_scikit_learns_do(neighbours, classes):
+    """Even numbers of neighbours and few classes make many tied votes; chunks of 3 queries."""
+    generator = torch.Generator().manual_seed(0)
+    train, queries = torch.randn(300, 6, generator=generator), torch.randn(200, 6, generator=generator)
+    labels = torch.randint(0, classes, (300,), generator=generator)
+    expected = KNeighborsClassifier(neighbours, algorithm="brute").fit(train.numpy(), labels.numpy())
+    found = probe.vote_of_nearest(train, labels, queries, neighbours, pairs=900)
+    assert (found.numpy() == expected.predict(queries.numpy())).all()
+
+
+def test_fits_side_by_side_come_in_order_and_few_ahead():
+    started = []
+
+    def functions():
+        for i in range(20):
+            started.append(i)
+            yield lambda i=i: (time.sleep(0.002 * (i % 3)), i)[1]
+
+    for i, result in enumerate(probe.run_ahead(functions(), workers=2)):
+        assert result == i and len(started) <= i + 3

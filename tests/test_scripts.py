@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import shared_forks
 from test_common import make_folder, write_checkpoint
 
 import stl
@@ -23,10 +24,14 @@ FEW = ["--dataset", "digits", "--limit", "256", "--epochs", "1", "--batch-size",
 
 
 def run(*command, cwd, code=0, environment=None):
-    """Runs `python script ...` and checks its exit code; no traceback whatever happens."""
+    """Runs `python script ...` and checks its exit code; no traceback whatever happens. What an environment changes is
+    read at import, so such a process starts from nothing; the others are forked."""
     script, *rest = map(str, command)
-    result = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True,
-                            env={**os.environ, **(environment or {})}, timeout=200)
+    if environment:
+        result = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True,
+                                env={**os.environ, **environment}, timeout=200)
+    else:
+        result = shared_forks().run(script, *rest, cwd=cwd)
     assert "Traceback" not in result.stderr, result.stderr
     assert result.returncode == code, (result.stdout, result.stderr)
     return result

@@ -1,0 +1,106 @@
+"""Real processes without the seconds that importing torch takes: one that has imported everything, and has computed
+nothing yet, forks a child for each command. A child runs the script as __main__, in a folder and an environment of its
+own, and can be killed like any other process.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Forks:
+    """Talks to the process that forks. start() -> pid, wait(pid) -> exit code, negative where a signal ended it."""
+
+    def __init__(self):
+        few = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # small problems, machines with other work
+        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True, env={**os.environ, **few})
+
+    def ask(self, **request):
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, *command, cwd, output=os.devnull, error=os.devnull, environment=None):
+        return self.ask(start=[str(part) for part in command], cwd=str(cwd), output=str(output), error=str(error),
+                        environment=environment or {})
+
+    def wait(self, pid):
+        return self.ask(wait=pid)
+
+    def run(self, *command, cwd, environment=None):
+        """As subprocess.run does: returncode, stdout, stderr."""
+        output, error = (Path(cwd) / f".{name}-of-{time.monotonic_ns()}" for name in ("stdout", "stderr"))
+        code = self.wait(self.start(*command, cwd=cwd, output=output, error=error, environment=environment))
+        result = subprocess.CompletedProcess(command, code, output.read_text(), error.read_text())
+        output.unlink(), error.unlink()
+        return result
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait()
+
+
+@functools.cache
+def shared_forks():
+    forks = Forks()
+    atexit.register(forks.close)
+    return forks
+
+
+def child(request):
+    os.chdir(request["cwd"])
+    for name, descriptor in (("output", 1), ("error", 2)):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["environment"])
+    script, *flags = request["start"]
+    sys.argv = [script, *flags]
+    path = script if os.path.isabs(script) else str(ROOT / script)
+    sys.path.insert(0, str(Path(path).parent))
+    code = 0
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def serve():
+    import matplotlib.pyplot  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import sklearn.linear_model  # noqa: F401
+    import sklearn.neighbors  # noqa: F401
+    import torch.distributed  # noqa: F401
+    import torchvision.transforms.v2  # noqa: F401
+
+    sys.path.insert(0, str(ROOT))
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            answer = os.fork()
+            if answer == 0:
+                child(request)
+        else:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        serve()

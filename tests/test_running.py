@@ -1,0 +1,282 @@
+"""Runs that are interrupted, killed and resumed, and runs shared by several processes."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from forks import shared_forks
+
+from common import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+FEW = ["--dataset", "digits", "--image-size", "8", "--limit", "200", "--batch-size", "32", "--lr", "1e-4"]
+SCRIPTS = {
+    "pt": ["predictive_transform.py", "--epochs", "4"],
+    "avt": ["avt.py", "--epochs", "4"],
+    "ba": ["vte_ba.py", "--epochs", "4", "--pretrained", "pt.ckpt"],
+    "infonce": ["vte_infonce.py", "--epochs", "4", "--pretrained", "pt.ckpt"],
+    "stl": ["stl.py", "--epochs", "3", "--encoder", "nin"],
+}
+
+
+@pytest.fixture(scope="module")
+def forks():
+    return shared_forks()
+
+
+@pytest.fixture(scope="module")
+def whole(forks, tmp_path_factory):
+    """A folder with an uninterrupted run of each script, and the seconds that each took."""
+    folder, seconds = tmp_path_factory.mktemp("whole"), {}
+    for name, script in SCRIPTS.items():
+        start = time.monotonic()
+        result = forks.run(*script, *FEW, "--output", f"{name}.ckpt", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        seconds[name] = time.monotonic() - start
+    return folder, seconds
+
+
+def rows_of(path):
+    """A log without what the clock says."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def leaves(value, path=""):
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from leaves(part, f"{path}/{name}")
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            yield from leaves(part, f"{path}/{i}")
+    else:
+        yield path, value
+
+
+def assert_same_run(one, other):
+    """Weights, optimiser and schedule bit for bit; the log but for its times."""
+    a, b = (load_checkpoint(path) for path in (one, other))
+    for part in ("epoch", "encoder", "model", "optimizer", "schedule", "position"):
+        expected, found = dict(leaves(a[part])), dict(leaves(b[part]))
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == found[name].dtype and torch.equal(value, found[name]), f"{part}{name}"
+            else:
+                assert value == found[name], f"{part}{name}"
+    assert rows_of(one.with_suffix(".jsonl")) == rows_of(other.with_suffix(".jsonl"))
+
+
+killed = []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(name, whole, forks):
+    folder, seconds = whole
+    moments = random.Random(f"{name} moments")
+    for _ in range(3):
+        pid = forks.start(*SCRIPTS[name], *FEW, "--output", f"killed-{name}.ckpt", "--resume", cwd=folder)
+        time.sleep(moments.uniform(0.1, 0.7) * seconds[name])
+        os.kill(pid, signal.SIGKILL)
+        killed.append(forks.wait(pid) == -signal.SIGKILL)
+    result = forks.run(*SCRIPTS[name], *FEW, "--output", f"killed-{name}.ckpt", "--resume", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder / f"{name}.ckpt", folder / f"killed-{name}.ckpt")
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_these_were_ten_kills_at_least():
+    assert sum(killed) >= 10 or len(killed) < 15  # the latter where only some of the tests are run
+
+
+WRAPPER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, common
+
+def after_steps(count, action):
+    step, done = common.Run.step, [0]
+    def counted(self, *args):
+        done[0] += 1
+        if done[0] == count:
+            action()
+        step(self, *args)
+    common.Run.step = counted
+
+def while_saving(which, action):
+    save, done = torch.save, [0]
+    def counted(value, file, *args, **options):
+        done[0] += 1
+        if done[0] == which:
+            file.write(b"PK half a checkpoint")
+            file.flush()
+            action()
+        save(value, file, *args, **options)
+    torch.save = counted
+
+{what}
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(os.path.join({root!r}, sys.argv[0]), run_name="__main__")
+"""
+
+
+def wrapper(folder, what):
+    """A script that runs another and has something happen in it."""
+    path = folder / f"wrapper-{abs(hash(what))}.py"
+    path.write_text(WRAPPER.format(root=str(ROOT), what=what))
+    return path
+
+
+def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(whole, forks):
+    folder, _ = whole
+    killing = wrapper(folder, "while_saving(3, lambda: os.kill(os.getpid(), signal.SIGKILL))")
+    command = [*SCRIPTS["avt"], *FEW, "--output", "saving.ckpt"]
+    assert forks.run(killing, *command, cwd=folder).returncode == -signal.SIGKILL
+    assert load_checkpoint(folder / "saving.ckpt")["epoch"] == 2
+    assert len(rows_of(folder / "saving.jsonl")) == 3  # the log is ahead of it by an epoch
+    assert list(folder.glob("saving.ckpt.*.tmp"))
+    assert forks.run(*command, "--resume", cwd=folder).returncode == 0
+    assert_same_run(folder / "avt.ckpt", folder / "saving.ckpt")
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name, steps, number", [
+    ("pt", 10, signal.SIGTERM), ("avt", 7, signal.SIGINT), ("ba", 1, signal.SIGTERM), ("infonce", 16, signal.SIGINT),
+    ("stl", 12, signal.SIGTERM)])
+def test_a_signal_saves_the_epoch_and_says_how_to_go_on(name, steps, number, whole, forks):
+    folder, _ = whole
+    signalled = wrapper(folder, f"after_steps({steps}, lambda: os.kill(os.getpid(), {int(number)}))")
+    command = [*SCRIPTS[name], *FEW, "--output", f"signalled-{name}.ckpt"]
+    result = forks.run(signalled, *command, cwd=folder)
+    assert result.returncode == 128 + number and "Traceback" not in result.stderr
+    left = load_checkpoint(folder / f"signalled-{name}.ckpt")
+    assert left["epoch"] == (steps - 1) // 7 and left["position"]["batches"] == (steps - 1) % 7 + 1
+    (line,) = [line for line in result.stderr.splitlines() if "to go on: python " in line]
+    said = shlex.split(line.split("to go on: python ")[1])
+    result = forks.run(*said, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "and a part" in result.stdout
+    assert_same_run(folder / f"{name}.ckpt", folder / f"signalled-{name}.ckpt")
+
+
+def test_a_finished_run_is_left_alone(whole, forks):
+    folder, _ = whole
+    before = (folder / "avt.ckpt").read_bytes(), (folder / "avt.jsonl").read_bytes()
+    result = forks.run(*SCRIPTS["avt"], *FEW, "--output", "avt.ckpt", "--resume", cwd=folder)
+    assert result.returncode == 0 and "has all of its 4 epochs already" in result.stdout
+    assert before == ((folder / "avt.ckpt").read_bytes(), (folder / "avt.jsonl").read_bytes())
+
+
+@pytest.mark.parametrize("command, code, says", [
+    (["avt.py", "--epochs", "4", *FEW, "--seed", "1", "--output", "avt.ckpt"], 2, "trained with seed 0, not 1"),
+    (["avt.py", "--epochs", "4", *FEW, "--limit", "100", "--output", "avt.ckpt"], 2, "trained with limit 200, not 100"),
+    (["stl.py", "--epochs", "5", "--encoder", "nin", *FEW, "--output", "stl.ckpt"], 2, "with epochs 3, not 5"),
+    (["avt.py", "--epochs", "4", *FEW, "--output", "pt.ckpt"], 1, "is a checkpoint of predictive_transform"),
+    (["avt.py", "--epochs", "4", *FEW, "--output", "half.ckpt"], 1, "is no checkpoint of minTER"),
+])
+def test_another_run_is_not_resumed(command, code, says, whole, forks):
+    folder, _ = whole
+    (folder / "half.ckpt").write_bytes((folder / "avt.ckpt").read_bytes()[:100_000])
+    before = {path: path.read_bytes() for path in folder.glob("*.ckpt")}
+    result = forks.run(*command, "--resume", cwd=folder)
+    assert result.returncode == code and says in result.stderr and len(result.stderr.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in folder.glob("*.ckpt")}
+
+
+def test_more_epochs_and_fewer_checkpoints(whole, forks):
+    folder, _ = whole
+    command = ["avt.py", *FEW, "--output", "longer.ckpt", "--save-every", 3]
+    assert forks.run(*command, "--epochs", 2, cwd=folder).returncode == 0  # the last epoch is always saved
+    killing = wrapper(folder, "after_steps(10, lambda: os.kill(os.getpid(), signal.SIGKILL))")
+    assert forks.run(killing, *command, "--epochs", 4, "--resume", cwd=folder).returncode == -signal.SIGKILL
+    assert load_checkpoint(folder / "longer.ckpt")["epoch"] == 3 and len(rows_of(folder / "longer.jsonl")) == 3
+    assert forks.run(*command, "--epochs", 4, "--resume", cwd=folder).returncode == 0
+    assert_same_run(folder / "avt.ckpt", folder / "longer.ckpt")
+
+
+def test_images_kept_on_the_host_give_the_same_run(whole, forks):
+    folder, _ = whole
+    result = forks.run(*SCRIPTS["pt"], *FEW, "--data-on", "host", "--output", "host.ckpt", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder / "pt.ckpt", folder / "host.ckpt")
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def environments(count):
+    """What torchrun tells its processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"} for rank in range(count)]
+
+
+def run_together(forks, *command, cwd, count=2):
+    """(exit codes, standard outputs, standard errors) of the processes."""
+    names = [(f"out{rank}-{time.monotonic_ns()}", f"err{rank}-{time.monotonic_ns()}") for rank in range(count)]
+    pids = [forks.start(*command, cwd=cwd, output=cwd / output, error=cwd / error, environment=environment)
+            for (output, error), environment in zip(names, environments(count), strict=True)]
+    codes = [forks.wait(pid) for pid in pids]
+    return codes, *([(cwd / name).read_text() for name in column] for column in zip(*names, strict=True))
+
+
+def test_two_processes_with_half_the_batch_give_the_gradients_of_one_with_the_whole(forks, tmp_path):
+    script = ROOT / "tests" / "two_processes.py"
+    result = forks.run(script, "one.pt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    codes, _, errors = run_together(forks, script, "two.pt", cwd=tmp_path)
+    assert codes == [0, 0], errors
+    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    for kind, expected in one.items():
+        found = two[kind]
+        assert expected.keys() == found.keys()
+        size = {name: value.double().norm().item() for name, value in expected.items()}
+        shown = [name for name in expected if size[name] > 1e-4 * max(size.values())]  # the others ought to be 0
+        apart = {name: (found[name].double() - expected[name].double()).norm().item() / size[name] for name in shown}
+        if kind == "own batch norm":
+            assert max(apart.values()) > 0.1  # the comparison can tell
+        else:
+            assert len(apart) > 20 and max(apart.values()) < 1e-3, max(apart.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_train_together_with_one_log_and_one_checkpoint(name, whole, forks):
+    folder, _ = whole
+    command = [*SCRIPTS[name], *FEW, "--epochs", 2, "--sync-bn", "--output", f"together-{name}.ckpt"]
+    codes, outputs, errors = run_together(forks, *command, cwd=folder)
+    assert codes == [0, 0], errors
+    assert "cpu x 2" in outputs[0] and outputs[0].count("epoch ") == 2 and outputs[1] == ""
+    together, alone = rows_of(folder / f"together-{name}.jsonl"), rows_of(folder / f"{name}.jsonl")
+    assert [row["epoch"] for row in together] == [1, 2]
+    assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=0.05)  # the same images; the noise differs
+    assert load_checkpoint(folder / f"together-{name}.ckpt")["epoch"] == 2
+
+
+def test_torchrun(whole):
+    folder, _ = whole
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "vte_infonce.py"),
+               "--pretrained", "pt.ckpt", *FEW, "--epochs", "1", "--output", "torchrun.ckpt"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    (row,) = rows_of(folder / "torchrun.jsonl")
+    assert row["ceiling"] == pytest.approx((192 * 3.4657 + 8 * 2.0794) / 200, abs=1e-3)  # log 32 and, last, log 8
+    assert result.stdout.count("epoch 1/1") == 1
+
+
+@pytest.mark.parametrize("flags, says", [(["--batch-size", "33"], "cannot be shared by 2 processes"),
+                                         (["--batch-size", "2"], "is too small")])
+def test_batches_that_two_processes_cannot_share(flags, says, forks, tmp_path):
+    codes, _, errors = run_together(forks, "avt.py", *FEW, *flags, "--output", "no.ckpt", cwd=tmp_path)
+    assert codes == [2, 2] and all(says in error for error in errors)
