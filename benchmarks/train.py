@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from common import Parser, UserError, choose_device, choose_precision, positive, run_command
+from common import Parser, UserError, choose_device, choose_precision, file_path, positive, run_command
 
 SCRIPTS = {
     "predictive_transform": ["predictive_transform"],
@@ -430,14 +430,14 @@ def main():
     add("--scripts", nargs="+", choices=SCRIPTS, metavar="NAME", help=f"default: all of {', '.join(SCRIPTS)}")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch-size", type=positive(int), default=256)
-    add("--image-size", type=positive(int), default=32)
+    add("--image-size", type=positive(int, common.MAX_IMAGE_SIZE), default=32)
     add("--steps", type=positive(int), default=4, help="of an epoch; some hundred on a GPU (default: %(default)s)")
     add("--repeats", type=positive(int), default=3, help="runs of each, or seeds (default: %(default)s)")
     add("--epochs", type=positive(int), default=8, help="precision: of each run (default: %(default)s)")
     add("--images", type=positive(int), nargs="+", default=[10_000, 50_000, 500_000], help="scale: how many")
     add("--workers", type=positive(int), help="of the usual pipeline's DataLoader (default: as many as cores)")
     add("--usual", action=argparse.BooleanOptionalAction, default=True, help="step: also time the usual pipeline")
-    add("--output", help="JSON file for the figures")
+    add("--output", type=file_path, help="JSON file for the figures")
     args = parser.parse_args()
     choose_device(args.device)
     if args.output and not Path(args.output).resolve().parent.is_dir():

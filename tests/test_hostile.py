@@ -552,18 +552,20 @@ WRONG = {
     "--plot": TEXT, "CKPT": TEXT, "LOG": TEXT,
     "--epochs": WHOLE, "--batch-size": WHOLE, "--image-size": [*WHOLE, "1025"], "--limit": WHOLE, "--passes": WHOLE,
     "--train-sizes": WHOLE, "--columns": WHOLE, "--pairs": WHOLE, "--n": WHOLE, "--repeats": WHOLE, "--sizes": WHOLE,
-    "--batches": WHOLE, "--save-every": WHOLE, "--threads": [*WHOLE, "1025"],
+    "--batches": WHOLE, "--save-every": WHOLE, "--steps": WHOLE, "--images": WHOLE, "--workers": WHOLE,
+    "--threads": [*WHOLE, "1025"],
     "--lr": REAL, "--temperature": REAL,
     "--inv": WEIGHT, "--equi": WEIGHT, "--trans": WEIGHT, "--weight-decay": WEIGHT,
     "--seed": SEED,
     "--encoder": CHOICE, "--device": CHOICE, "--precision": CHOICE, "--critic": CHOICE, "--preset": CHOICE,
-    "--batch": CHOICE, "--compile": CHOICE, "--data-on": CHOICE, "--classifiers": CHOICE, "--peers": CHOICE, "--architecture": CHOICE, "PICTURE": CHOICE,
-    "what": CHOICE,
+    "--batch": CHOICE, "--compile": CHOICE, "--data-on": CHOICE, "--classifiers": CHOICE, "--peers": CHOICE,
+    "--architecture": CHOICE, "--scripts": CHOICE, "PICTURE": CHOICE, "what": CHOICE,
     "--from-scratch": SWITCH, "--steerable": SWITCH, "--augmix": SWITCH, "--mean-per-class": SWITCH, "--quick": SWITCH,
     "--check": SWITCH, "--sync-bn": SWITCH, "--deterministic": SWITCH, "--resume": SWITCH,
+    "--no-usual": SWITCH,
 }
-SCRIPTS = ["predictive_transform", "avt", "vte_ba", "vte_infonce", "stl", "probe", "results/figures", "benchmarks/warp",
-           "benchmarks/forms", "benchmarks/resources"]
+SCRIPTS = sorted(str(path.relative_to(ROOT).with_suffix("")) for folder in (".", "results", "benchmarks")
+                 for path in (ROOT / folder).glob("*.py") if "parse_args()" in path.read_text())
 
 
 class Parsed(Exception):
