@@ -290,9 +290,10 @@ def projective_warp(images, coefficients, fill=128.0):
     coefficients: (N, 8), (a, b, c, d, e, f, g, h) with u = (ax + by + c) / (gx + hy + 1) and
     v = (dx + ey + f) / (gx + hy + 1) from the centre (x, y) of an output pixel to the point (u, v) read, pixel centres
     at + 0.5. fill: value outside the image. Returns the type and shape of images, contiguous; differentiable with
-    respect to float images and the coefficients (once). Which pixels are filled is decided in float64; up to 256 pixels
-    a side the points are otherwise float32, within 0.01 grey levels of the reference's float64. Raises ValueError and
-    TypeError, and RuntimeError for more elements than there is memory for.
+    respect to float images and the coefficients, once and backwards (to forward mode, torch.func.jvp, it is constant).
+    Which pixels are filled is decided in float64; up to 256 pixels a side the points are otherwise float32, within 0.01
+    grey levels of the reference's float64. Raises ValueError and TypeError, and RuntimeError for more elements than there
+    is memory for.
     """
     if not isinstance(images, torch.Tensor) or not isinstance(coefficients, torch.Tensor):
         raise TypeError(f"projective_warp takes tensors, not {type(images).__name__} and {type(coefficients).__name__}")
