@@ -3,7 +3,8 @@
 # make fuzz    the warp under 60,000 generated calls, in some minutes
 # make sanitize   the warp's C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench   the warp against what else there is, on the CPU; installs those libraries too
-# make bench-gpu  on a GPU: tests, sanitizer, resources of the kernels, benchmark
+# make bench-train  where the time of a training step goes, on the CPU
+# make bench-gpu  on a GPU: tests, sanitizer, resources of the kernels, benchmarks of the warp and of training
 # make lint    ruff
 # make setup   .venv with all that is needed and the compiled warp; done once
 # make clean   removes what the others made
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: demo test fuzz sanitize bench bench-gpu lint setup clean
+.PHONY: demo test fuzz sanitize bench bench-train bench-gpu lint setup clean
 
 setup: $(VENV)/.built
 
@@ -52,15 +53,26 @@ bench: setup
 	$(PIP) --quiet kornia opencv-python-headless
 	$(BIN)/python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
 
+bench-train: setup
+	$(BIN)/python benchmarks/train.py step --output results/train-cpu.json
+	$(BIN)/python benchmarks/train.py scale --output results/train-scale-cpu.json
+	$(BIN)/python benchmarks/train.py compile --output results/train-compile-cpu.json
+	$(BIN)/python benchmarks/train.py precision --output results/train-precision-cpu.json
+	$(BIN)/python benchmarks/train.py memory --output results/train-memory-cpu.json
+
 # Where all packages are there already and none can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python
 GPU ?= h200
 bench-gpu: setup
-	$(BIN)/python -m pytest tests/test_warp.py tests/test_fuzz.py
+	$(BIN)/python -m pytest tests/test_warp.py tests/test_fuzz.py tests/test_running.py
 	for tool in memcheck racecheck initcheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python benchmarks/warp.py --device cuda --check || exit 1; \
 	done
 	$(BIN)/python benchmarks/resources.py --output results/warp-cuda-resources.json
 	$(BIN)/python benchmarks/warp.py --device cuda --output results/warp-$(GPU).json --plot results/warp-$(GPU).png
+	$(BIN)/python benchmarks/train.py compile --device cuda --steps 200 --output results/train-compile-$(GPU).json
+	$(BIN)/python benchmarks/train.py step --device cuda --steps 200 --output results/train-$(GPU).json
+	$(BIN)/python benchmarks/train.py scale --device cuda --steps 200 --output results/train-scale-$(GPU).json
+	$(BIN)/python benchmarks/train.py precision --device cuda --epochs 20 --output results/train-precision-$(GPU).json
 
 lint: setup
 	$(BIN)/python -m ruff check .

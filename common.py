@@ -292,8 +292,8 @@ def projective_warp(images, coefficients, fill=128.0):
     at + 0.5. fill: value outside the image. Returns the type and shape of images, contiguous; differentiable with
     respect to float images and the coefficients, once and backwards (to forward mode, torch.func.jvp, it is constant).
     Which pixels are filled is decided in float64; up to 256 pixels a side the points are otherwise float32, within 0.01
-    grey levels of the reference's float64. Raises ValueError and TypeError, and RuntimeError for more elements than there
-    is memory for.
+    grey levels of the reference's float64. Raises ValueError and TypeError, and RuntimeError for more elements than
+    there is memory for.
     """
     if not isinstance(images, torch.Tensor) or not isinstance(coefficients, torch.Tensor):
         raise TypeError(f"projective_warp takes tensors, not {type(images).__name__} and {type(coefficients).__name__}")

@@ -118,7 +118,8 @@ def batches_made_beforehand(name):
     else:
         new["warp_batch"] = once(module.warp_batch,
                                  lambda images, index, crops, coefficients, *_: (len(index), coefficients is None))
-        new["transformation_target"] = once(module.transformation_target, lambda coefficients, _: (len(coefficients),))
+        if hasattr(module, "transformation_target"):
+            new["transformation_target"] = once(module.transformation_target, lambda values, _: (len(values),))
     with replaced(module, **new):
         yield
 

@@ -280,3 +280,53 @@ def test_torchrun(whole):
 def test_batches_that_two_processes_cannot_share(flags, says, forks, tmp_path):
     codes, _, errors = run_together(forks, "avt.py", *FEW, *flags, "--output", "no.ckpt", cwd=tmp_path)
     assert codes == [2, 2] and all(says in error for error in errors)
+
+
+# ----------------------------------------------------------------------------------------------------------- on a GPU
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = ["--device", "cuda", "--precision", "fp32"]
+
+
+def run_on_gpu(*command, cwd, code=0):
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=400)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_waits_for_the_gpu_between_the_batches_of_an_epoch(name, whole, tmp_path):
+    script = wrapper(tmp_path, """
+whole = common.Run.batches
+def watched(self, *samplers, **options):
+    for batch in whole(self, *samplers, **options):
+        torch.cuda.set_sync_debug_mode("error")
+        yield batch
+    torch.cuda.set_sync_debug_mode("default")
+common.Run.batches = watched
+""")
+    (tmp_path / "pt.ckpt").write_bytes((whole[0] / "pt.ckpt").read_bytes())
+    run_on_gpu(script, *SCRIPTS[name], *FEW, *CUDA, "--output", "a.ckpt", cwd=tmp_path)
+
+
+@on_a_gpu
+def test_on_a_gpu_a_deterministic_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
+    command = [*SCRIPTS["avt"], *FEW, *CUDA, "--deterministic"]
+    run_on_gpu(ROOT / command[0], *command[1:], "--output", "one.ckpt", cwd=tmp_path)
+    killing = wrapper(tmp_path, "after_steps(17, lambda: os.kill(os.getpid(), signal.SIGKILL))")
+    run_on_gpu(killing, *command, "--output", "two.ckpt", cwd=tmp_path, code=-signal.SIGKILL)
+    run_on_gpu(ROOT / command[0], *command[1:], "--output", "two.ckpt", "--resume", cwd=tmp_path)
+    assert_same_run(tmp_path / "one.ckpt", tmp_path / "two.ckpt")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("flags", [["--data-on", "host"], ["--compile", "inductor"], ["--compile", "cudagraphs"],
+                                   ["--precision", "bf16"]])
+def test_on_a_gpu_every_way_to_run_gives_the_same_losses(flags, whole, tmp_path):
+    command = [ROOT / "avt.py", "--epochs", 2, *FEW, *CUDA]
+    run_on_gpu(*command, "--output", "one.ckpt", cwd=tmp_path)
+    run_on_gpu(*command, *flags, "--output", "two.ckpt", cwd=tmp_path)
+    one, two = rows_of(tmp_path / "one.jsonl"), rows_of(tmp_path / "two.jsonl")
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.1)  # compiled, the noise is drawn otherwise

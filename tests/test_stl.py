@@ -166,7 +166,7 @@ def test_pairs_share_their_transformation_and_neighbouring_pairs_do_not():
 
 
 def first_views(flags, tmp_path, monkeypatch, own=True):
-    """The two views of the first batch that the script makes, 14 digits, all the same image; own=False: no flip, no
+    """The two views of the first batch that the script makes, 16 digits, all the same image; own=False: no flip, no
     blur."""
     seen, asked = [], []
 
@@ -186,7 +186,7 @@ def first_views(flags, tmp_path, monkeypatch, own=True):
         monkeypatch.setattr(stl, "sample_flips_and_blurs",
                             lambda n, generator: {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)})
     monkeypatch.setattr(stl.STL, "forward", forward)
-    monkeypatch.setattr("sys.argv", ["stl.py", "--dataset", "digits", "--encoder", "nin", "--batch-size", "14",
+    monkeypatch.setattr("sys.argv", ["stl.py", "--dataset", "digits", "--encoder", "nin", "--batch-size", "16",
                                      "--precision", "fp32", "--output", str(tmp_path / "stl.ckpt"), *flags])
     with pytest.raises(Stop):
         stl.main()
