@@ -133,6 +133,7 @@ std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad, const Tensor& image
                       grad.size(2) == w.height && grad.size(3) == w.width && grad.scalar_type() == real &&
                       grad.is_contiguous() && same_device(grad, images),
                   "minter::warp_backward: grad does not fit the output");
+  aligned<void>(grad.const_data_ptr(), in == Type::float64 ? 8 : 4, "gradients");
   const bool any = has_elements(w);
   using Shape = std::initializer_list<int64_t>;
   Tensor grad_images = torch::stable::new_zeros(

@@ -375,7 +375,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Warp w, const 
 template <typename In, typename Out>
 void forward_images(const Warp& w, void* output, cudaStream_t stream) {
   if (w.batch == 0 || w.channels * w.height * w.width == 0) return;
-  STD_TORCH_CHECK(w.height < (1 << 24) && w.width < (1 << 24), "minter::warp: images of 2^24 pixels or more a side");
+  STD_TORCH_CHECK(w.height < (1 << 24) && w.width < (1 << 24) && w.channels < (1 << 24),
+                  "minter::warp: images of 2^24 channels or more, or as many pixels a side");
   const int planes = planes_of<In>(w);
   const size_t bytes = static_cast<size_t>(planes) * (w.height + 2) * ((w.width + 2) | 1) * sizeof(uint32_t);
   const bool staged = bytes <= kMaxShared - sizeof(CentredMap);

@@ -291,7 +291,7 @@ def test_a_spoiled_call_gets_a_clear_exception(call, spoiled):
 SPOILED_GRADIENTS = [
     lambda t: t[:-1], lambda t: t[0], lambda t: t[..., :-1], lambda t: t.half(), lambda t: t.long(), not_contiguous,
     lambda t: t.double() if t.dtype == torch.float32 else t.float(), lambda t: None, lambda t: t.to("meta"),
-    lambda t: t.to_sparse(), lambda t: torch.cat([t, t]),
+    lambda t: t.to_sparse(), lambda t: torch.cat([t, t]), misaligned,
 ]
 
 
