@@ -824,7 +824,8 @@ def choose_precision(name, device):
 
 
 UNTIED = (  # settings that a resumed run may change
-    "device", "data_on", "data_dir", "compile", "deterministic", "save_every", "resume", "output", "pretrained",
+    "epochs", "device", "data_on", "data_dir", "compile", "deterministic", "save_every", "resume", "output",
+    "pretrained",
 )
 MAY_BE_HELD = 0.5  # of the device's free memory, by the images
 
@@ -920,8 +921,6 @@ class Run:
         given = self.left["config"] if self.left else self.config
         for name, value in self.config.items():
             if name not in UNTIED and given.get(name) != value:
-                if name == "epochs" and not self.left.get("schedule"):
-                    continue  # nothing but its length depends on it
                 raise UserError(f"'{self.output}' was trained with {name.replace('_', ' ')} {given.get(name)}, not "
                                 f"{value}: --resume takes the settings it began with", exit_code=2)
 
@@ -989,12 +988,24 @@ class Run:
         finished, position = 0, None
         if self.left:
             finished, position = self.left["epoch"], self.left.get("position")
+            if schedule is not None and self.left["config"].get("epochs") != self.args.epochs:
+                raise UserError(f"'{self.output}' was trained with epochs {self.left['config'].get('epochs')}, not "
+                                f"{self.args.epochs}: its learning rate follows from their number", exit_code=2)
+            own = [dict(group) for group in optimizer.param_groups]
             try:
                 optimizer.load_state_dict(self.left["optimizer"])
-                if schedule is not None:
-                    schedule.load_state_dict(self.left["schedule"])
-            except Exception as error:
-                raise UserError(f"the state of the optimiser in '{self.output}' does not fit it") from error
+                fits = all(value.shape in (parameter.shape, ()) for parameter, state in optimizer.state.items()
+                           for value in state.values() if isinstance(value, torch.Tensor))
+            except Exception:
+                fits = False
+            if not fits:
+                raise UserError(f"the state of the optimiser in '{self.output}' does not fit it: train it again")
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group.update(settings)  # the settings are the command's
+            with warnings.catch_warnings():  # PyTorch expects steps of the optimiser between
+                warnings.simplefilter("ignore")
+                for _ in range(finished if schedule is not None else 0):
+                    schedule.step()
             self.say(f"going on from '{self.output}', epoch {finished}" + (" and a part" if position else ""))
         self.left, self._saved = None, finished
         if self.rank == 0 and self.args.resume:
@@ -1140,10 +1151,9 @@ class Run:
         self.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {row['images_per_second']:.0f} images/s")
 
     def _save(self, epoch, position=None):
-        model, optimizer, schedule = self._trained
+        model, optimizer, _ = self._trained
         try:
-            save_checkpoint(self.output, self.method, self.config, model, optimizer, epoch,
-                            schedule=schedule and schedule.state_dict(), position=position)
+            save_checkpoint(self.output, self.method, self.config, model, optimizer, epoch, position)
         except OSError as error:
             raise UserError(f"cannot write '{self.output}' ({error}); what was there before is kept") from error
         self._saved = epoch
@@ -1168,11 +1178,15 @@ class Run:
     def _return_to(self, shares):
         """Back to where `_stop` left the epoch; the batches that are left."""
         at, self._position = self._position, None
-        self._done, self._seen, self._spent = at["batches"], at["seen"], at["seconds"]
-        self._sums = {tuple(names): (values.to(self.device), images) for names, values, images in at["sums"]}
-        torch.set_rng_state(at["noise"][0])
-        if self.device.type == "cuda" and at["noise"][1] is not None:
-            torch.cuda.set_rng_state(at["noise"][1], self.device)
+        try:
+            self._done, self._seen, self._spent = int(at["batches"]), int(at["seen"]), float(at["seconds"])
+            self._sums = {tuple(names): (values.to(self.device), int(images)) for names, values, images in at["sums"]}
+            torch.set_rng_state(at["noise"][0])
+            if self.device.type == "cuda" and at["noise"][1] is not None:
+                torch.cuda.set_rng_state(at["noise"][1], self.device)
+        except Exception as error:
+            raise UserError(f"where '{self.output}' was left within its epoch cannot be read from it: train it "
+                            "again") from error
         self._bar.update(self._seen)
         return shares[self._done :]
 
@@ -1211,12 +1225,12 @@ def save_atomically(value, path):
     write_atomically(path, lambda file: torch.save(value, file))
 
 
-def save_checkpoint(path, method, config, model, optimizer, epoch, schedule=None, position=None):
+def save_checkpoint(path, method, config, model, optimizer, epoch, position=None):
     """A plain dict of tensors and plain values; `model.encoder` is what the probe evaluates. epoch: how many are
-    finished; position: where in the next one, if not at its start; schedule: the state of the learning rate's."""
+    finished; position: where in the next one, if not at its start."""
     save_atomically({"format_version": FORMAT_VERSION, "method": method, "config": config, "epoch": epoch,
                      "encoder": model.encoder.state_dict(), "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict(), "schedule": schedule, "position": position}, path)
+                     "optimizer": optimizer.state_dict(), "position": position}, path)
 
 
 def load_weights(model, state, path):

@@ -2,7 +2,8 @@
 
     python benchmarks/train.py step --output results/train-cpu.json        images/s: full step, ceiling, usual pipeline
     python benchmarks/train.py scale --output results/train-scale.json     images/s against the number of images
-    python benchmarks/train.py compile --output results/train-compile.json eager, torch.compile, CUDA graphs
+    python benchmarks/train.py compile --output results/train-compile.json eager, torch.compile; on a GPU also CUDA
+                                                                           graphs, and the cost of --deterministic
     python benchmarks/train.py precision --output results/precision.json   losses in float32 and bfloat16
     python benchmarks/train.py memory --output results/train-memory.json   memory over 2,000 steps
 
@@ -367,13 +368,15 @@ def batches_limited_to(steps):
 
 
 def measure_compile(args):
-    modes = ["off", "inductor", *(["cudagraphs"] if args.device == "cuda" else [])]
+    modes = {"off": [], "inductor": ["--compile", "inductor"]}
+    if args.device == "cuda":
+        modes |= {"cudagraphs": ["--compile", "cudagraphs"], "deterministic": ["--deterministic"]}
     images, rows = random_images(args.steps * args.batch_size, args.image_size), []
     with tempfile.TemporaryDirectory() as folder:
         phase_one(images, args, folder)
         for name in args.scripts or SCRIPTS:
-            logs = {mode: train(name, images, args, folder, "--epochs", 1 + args.repeats, "--compile", mode)
-                    for mode in modes}
+            logs = {mode: train(name, images, args, folder, "--epochs", 1 + args.repeats, *flags)
+                    for mode, flags in modes.items()}
             rate = {mode: statistics.median(row["images_per_second"] for row in log[1:]) for mode, log in logs.items()}
             rows.append({"script": name, "images_per_second": rate, "losses": {m: log[-1]["loss"] for m, log in
                                                                               logs.items()},

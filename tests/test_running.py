@@ -63,9 +63,9 @@ def leaves(value, path=""):
 
 
 def assert_same_run(one, other):
-    """Weights, optimiser and schedule bit for bit; the log but for its times."""
+    """Weights and optimiser, its learning rate too, bit for bit; the log but for its times."""
     a, b = (load_checkpoint(path) for path in (one, other))
-    for part in ("epoch", "encoder", "model", "optimizer", "schedule", "position"):
+    for part in ("epoch", "encoder", "model", "optimizer", "position"):
         expected, found = dict(leaves(a[part])), dict(leaves(b[part]))
         assert expected.keys() == found.keys()
         for name, value in expected.items():
@@ -191,6 +191,35 @@ def test_another_run_is_not_resumed(command, code, says, whole, forks):
     result = forks.run(*command, "--resume", cwd=folder)
     assert result.returncode == code and says in result.stderr and len(result.stderr.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in folder.glob("*.ckpt")}
+
+
+def break_optimizer(checkpoint):
+    checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+def break_groups(checkpoint):
+    checkpoint["optimizer"]["param_groups"] = [{"lr": "1"}]
+
+
+def break_noise(checkpoint):
+    checkpoint["position"] = {"batches": 1, "seen": 32, "seconds": 0.1, "sums": [], "noise": [torch.zeros(7), None]}
+
+
+def break_position(checkpoint):
+    checkpoint["position"] = {"batches": "many"}
+
+
+@pytest.mark.parametrize("harm, says", [
+    (break_optimizer, "does not fit it"), (break_groups, "does not fit it"), (break_noise, "within its epoch"),
+    (break_position, "within its epoch")])
+def test_a_state_that_does_not_fit_is_not_resumed(harm, says, whole, forks):
+    folder, _ = whole
+    checkpoint = torch.load(folder / "avt.ckpt")
+    checkpoint["epoch"] = 3
+    harm(checkpoint)
+    torch.save(checkpoint, folder / "harmed.ckpt")
+    result = forks.run(*SCRIPTS["avt"], *FEW, "--output", "harmed.ckpt", "--resume", cwd=folder)
+    assert result.returncode == 1 and says in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
 def test_more_epochs_and_fewer_checkpoints(whole, forks):
