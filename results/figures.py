@@ -101,8 +101,7 @@ def single_transformations(kind, n, size, generator):
     import stl
 
     drawn = stl.sample_transformations(n, size, generator)
-    shared = {"box": torch.tensor([[0, 0, size, size]]).repeat(n, 1), "order": drawn["order"],
-              "factors": torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1), "grey": torch.zeros(n, dtype=torch.bool)}
+    shared = {**stl.unchanged_transformations(n, size), "order": drawn["order"]}
     if kind == "crop":
         shared["box"] = box = drawn["box"]
         top, left, height, width = box.float().unbind(1)
@@ -131,8 +130,7 @@ def transformation_codes(path, n, data_dir, seed):
     for number, kind in enumerate(CODE_KINDS):
         index = torch.randint(0, len(images), (n,), generator=generator)
         shared, values = single_transformations(kind, n, size, generator)
-        plain, _ = single_transformations("hue", n, size, generator)
-        plain["factors"] = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1)
+        plain = stl.unchanged_transformations(n, size)
         own = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
         with torch.no_grad():
             normal = 255 * scale, shift
