@@ -493,19 +493,18 @@ def ridge(kernel, targets, held_out, together=False):
     together; then all pairs are fitted."""
     unit = kernel.diagonal().mean().clamp(min=1e-12)
 
-    def solve(rows, penalty):
-        matrix = kernel[rows][:, rows]
-        matrix.diagonal().add_(penalty * unit)
-        return torch.cholesky_solve(targets[rows], torch.linalg.cholesky(matrix))
+    def solve(kernel, targets, penalty):
+        kernel = kernel.clone()
+        kernel.diagonal().add_(penalty * unit)
+        return torch.cholesky_solve(targets, torch.linalg.cholesky(kernel))
 
-    fit, every = ~held_out, torch.ones_like(held_out)
-    across = kernel[held_out][:, fit]
-    errors = torch.stack([(across @ solve(fit, penalty) - targets[held_out]).square().sum(0)
+    fit, across = kernel[~held_out][:, ~held_out], kernel[held_out][:, ~held_out]
+    errors = torch.stack([(across @ solve(fit, targets[~held_out], penalty) - targets[held_out]).square().sum(0)
                           for penalty in RIDGE_PENALTIES])  # (penalties, k)
     best = (errors.sum(1, keepdim=True).expand_as(errors) if together else errors).argmin(0)
     coefficients = torch.empty_like(targets)
     for number in best.unique().tolist():
-        coefficients[:, best == number] = solve(every, RIDGE_PENALTIES[number])[:, best == number]
+        coefficients[:, best == number] = solve(kernel, targets, RIDGE_PENALTIES[number])[:, best == number]
     return coefficients
 
 
@@ -701,29 +700,25 @@ def probe_equivariance(args):
                    "seed": args.seed, "label": original.label()}
             yield from ({**row, **found} for found in measure(setting, original, transformed, own, device))
 
-    rows, untrained = [], {}
-    for _, checkpoint, _ in checkpoints:
-        config = checkpoint["config"]
-        if config["encoder"] not in untrained or config.get("probabilistic", True):  # the rows of both kinds at once
-            untrained[config["encoder"]] = config
-    settings = [Setting(family, len(images), len(test_images), pairs, per_image, size, args.seed)
-                for family in dict.fromkeys(args.transformations)]
-    progress = tqdm(total=len(settings) * (len(checkpoints) + len(untrained) + 1), desc="rows", leave=False,
-                    disable=None)
-    for setting in settings:
-        for name, checkpoint, encoder in checkpoints:
+    rows = []
+    for family in dict.fromkeys(args.transformations or ("projective", "crop", "colour")):
+        members = [(name, checkpoint, encoder) for name, checkpoint, encoder in checkpoints
+                   if args.transformations or family == "projective" or checkpoint["method"].startswith("stl")]
+        if not members:
+            continue
+        setting = Setting(family, len(images), len(test_images), pairs, per_image, size, args.seed)
+        untrained = {}
+        for name, checkpoint, encoder in tqdm(members, desc=family, leave=False, disable=None):
             load = next((load for begin, load in OWN_MAPS.items() if checkpoint["method"].startswith(begin)), None)
-            own = load(checkpoint, paths[name]) if load else ()
-            rows += measured(setting, name, checkpoint["method"], encoder, checkpoint["config"], *own)
-            progress.update()
+            own, config = load(checkpoint, paths[name]) if load else (), checkpoint["config"]
+            rows += measured(setting, name, checkpoint["method"], encoder, config, *own)
+            if config["encoder"] not in untrained or config.get("probabilistic", True):  # rows of both kinds at once
+                untrained[config["encoder"]] = config
         for kind, config in untrained.items():
             encoder = random_encoder(images, config, args.seed, device, dtype)
             rows += measured(setting, None, f"random encoder ({kind})", encoder, config)
-            progress.update()
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(size, 32)), nn.Flatten())
         rows += measured(setting, None, "raw pixels", pixels, checkpoints[0][1]["config"])
-        progress.update()
-    progress.close()
     notes = [
         f"{dataset}: {len(test_images):,} test images, {per_image} transformations each, two images sharing theirs; "
         f"ridge regressions fitted on {pairs:,} pairs of {len(images):,} training images, the penalty chosen on "
@@ -816,7 +811,7 @@ def write_equivariance_markdown(rows, notes, path):
 
 LABEL_DEFAULTS = {"classifiers": ["mlp", "knn", "logistic"], "mean_per_class": False,
                   "train_sizes": [50000, 5000, 500], "passes": 5}
-EQUIVARIANCE_DEFAULTS = {"transformations": ["projective"], "images": 300, "per_image": 60, "pairs": 4000}
+EQUIVARIANCE_DEFAULTS = {"transformations": None, "images": 300, "per_image": 60, "pairs": 4000}
 
 
 def parse_args():
@@ -845,7 +840,7 @@ def parse_args():
     add = parser.add_argument_group("equivariance").add_argument
     add("--equivariance", action="store_true", help="measure equivariance, in place of labels")
     add("--transformations", nargs="+", choices=list(FAMILIES),
-        help="which to measure: projective are VTE's, crop and colour STL's (default: projective)")
+        help="to measure all checkpoints under (default: projective, and for STL crop and colour too)")
     add("--images", type=positive(int), metavar="N", help="test images (default: 300)")
     add("--per-image", type=positive(int), metavar="N", help="transformations of each, to be told apart (default: 60)")
     add("--pairs", type=positive(int), metavar="N", help="training pairs for the ridge regressions (default: 4000)")
