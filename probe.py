@@ -21,8 +21,10 @@ What the papers do not state and this script chose is printed with the table and
 
 import json
 import os
+import re
 import warnings
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -783,12 +785,11 @@ def make_equivariance_tables(rows):
 def print_equivariance(rows, notes):
     for title, headings, lines in make_equivariance_tables(rows):
         width = max(len(name) for name, _ in lines)
-        words = [heading.replace(", t(x) alone", "|t(x) alone").split("|") for heading in headings]
-        across = [max(7, *(len(word) for word in heading)) for heading in words]
+        stacked = [re.sub(r",? (R²|error|size|position|t\(x\))", r"\n\1", heading).split("\n") for heading in headings]
+        across = [max(6, *map(len, words)) for words in stacked]
         print(f"\n{title}")
-        for line in range(max(len(heading) for heading in words)):
-            shown = ((heading[line] if line < len(heading) else "").rjust(wide)
-                     for heading, wide in zip(words, across, strict=True))
+        for words in zip_longest(*stacked, fillvalue=""):
+            shown = (word.rjust(wide) for word, wide in zip(words, across, strict=True))
             print(f"  {'':{width + 11}}" + "  ".join(shown))
         for (name, features), cells in lines.items():
             shown = (cells.get(heading, "-").rjust(wide) for heading, wide in zip(headings, across, strict=True))

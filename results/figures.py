@@ -288,7 +288,7 @@ def draw_features(args):
 
     from probe import encode
 
-    figure, axes = plt.subplots(len(args.checkpoints), 2, figsize=(9, 3.6 * len(args.checkpoints)), squeeze=False)
+    figure, axes = plt.subplots(len(args.checkpoints), 2, figsize=(9, 3.2 * len(args.checkpoints)), squeeze=False)
     for (left, right), path in zip(axes, args.checkpoints, strict=True):
         checkpoint = load_checkpoint(path)
         config, size = checkpoint["config"], checkpoint["config"]["image_size"]

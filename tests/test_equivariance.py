@@ -438,6 +438,8 @@ def test_the_same_seed_measures_the_same_whatever_stands_beside(measured, monkey
     before, found = ([row["value"] for row in of if row["checkpoint"] == "stl.ckpt"
                       and row["transformations"] == "projective"] for of in (rows, again))
     assert found == pytest.approx(before, abs=1e-6) and len(found) > 10
+    families = {(row["checkpoint"], row["transformations"]) for row in again}
+    assert {family for name, family in families if name == "stl.ckpt"} == {"projective", "crop", "colour"}  # by default
 
 
 @pytest.mark.parametrize("flags, says", [
