@@ -467,8 +467,8 @@ class Setting:
         self.test = {name: values[shared] for name, values in drawn.items()}
         self.test_apply = lambda images, index, rows, *rest: apply(images, index, shared[rows], *rest)
 
-        twos = torch.randint(0, self.n // 2, (BOOTSTRAP, self.n // 2), generator=generator)
-        counts = torch.zeros(twos.shape, dtype=torch.float64).scatter_add_(1, twos, torch.ones_like(twos).double())
+        drawn = torch.randint(0, self.n // 2, (BOOTSTRAP, self.n // 2), generator=generator)  # two images each
+        counts = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
         self.weights = torch.cat([torch.ones(1, self.n).double(), counts.repeat_interleave(2, 1)])  # (1 + B, n)
 
     def descriptions(self):
@@ -662,7 +662,7 @@ def measure(setting, original, transformed, own, device):
         maps += predict(setting, test_x, wanted)
     for name, predicted, candidates in maps:
         measured, shares = retrieval(setting, predicted, candidates)
-        rows += [{"measure": measure, "map": name, **interval} for measure, interval in measured.items()]
+        rows += [{"measure": score, "map": name, **interval} for score, interval in measured.items()]
         rows[-len(measured)]["ranks"] = shares
     return [*rows, {"measure": "moved", **movement(setting, test_x, test_tx)}]
 
