@@ -471,11 +471,9 @@ class Setting:
         counts = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
         self.weights = torch.cat([torch.ones(1, self.n).double(), counts.repeat_interleave(2, 1)])  # (1 + B, n)
 
-    def descriptions(self):
-        """All that is to be told of each transformation, standardised: (N, k) and (n * T, k)."""
-        train, test = (torch.cat(list(targets.values()), 1) for targets in (self.train, self.test))
-        scaled = standardizer(train)
-        return scaled(train), scaled(test)
+    def told(self):
+        """All that is to be told of each transformation: (N, k) and (n * T, k)."""
+        return [torch.cat(list(targets.values()), 1) for targets in (self.train, self.test)]
 
     def per_image_sum(self, values):
         """(n * T,) -> (n,) float64"""
@@ -510,24 +508,45 @@ def ridge(kernel, targets, held_out, together=False):
     return coefficients
 
 
+def regress(setting, train, test, targets, device, together=False):
+    """Ridge regression from blocks of inputs and, if there are two, all products of the one with the other. train,
+    test: lists of (N, D) and (n * T, D); targets (N, k). Returns predictions (n * T, k) float32 on the CPU.
+
+    The kernel of [a, b, a x b] is the product of two linear kernels, (1 + a.a' / D) (1 + b.b' / D'), so the inputs
+    themselves, N x (D + 1) (D' + 1), are never made."""
+    scales = [standardizer(block) for block in train]
+    train, test = ([scaled(block).to(device) for scaled, block in zip(scales, blocks, strict=True)]
+                   for blocks in (train, test))
+
+    def kernel(rows, columns):
+        products = 1
+        for a, b in zip(rows, columns, strict=True):
+            products = products * (1 + a @ b.T / a.shape[1])
+        return products
+
+    exact = [block.double() for block in train]
+    targets = targets.double().to(device)
+    mean = targets.mean(0)
+    dual = ridge(kernel(exact, exact), targets - mean, setting.held_out.to(device), together).float()
+    parts = zip(*(block.split(1000) for block in test), strict=True)
+    return torch.cat([(kernel(part, train) @ dual + mean.float()).cpu() for part in parts])
+
+
 def predict_transformations(setting, train, test, device):
-    """Ridge regression from features, train (N, D) and test (n * T, D), to all that is to be told of a transformation.
-    Returns {(name, measure): interval}: accuracy of the rotation, the largest of its four outputs; of all else the
-    squared error, summed over its numbers, and R2 = 1 - squared error / that of the training mean."""
-    names, truth = list(setting.train), torch.cat(list(setting.train.values()), 1).double().to(device)
-    mean, scaled = truth.mean(0), standardizer(train)
-    inputs = scaled(train).double().to(device)
-    dual = ridge(inputs @ inputs.T, truth - mean, setting.held_out.to(device))
-    predicted = (scaled(test).to(device) @ (inputs.T @ dual).float()).double() + mean
-    widths, measured = [setting.train[name].shape[1] for name in names], {}
-    for name, guess, centre in zip(names, predicted.split(widths, 1), mean.split(widths), strict=True):
-        answer = setting.test[name].to(guess)
+    """What `regress` can tell of a transformation from blocks of features, train and test. Returns {(name, measure):
+    interval}: accuracy of the rotation, the largest of its four outputs; of all else the squared error, summed over its
+    numbers, and R2 = 1 - squared error / that of the training mean."""
+    known, truth = (told.double() for told in setting.told())
+    predicted = regress(setting, train, test, known, device).double()
+    widths, measured = [values.shape[1] for values in setting.train.values()], {}
+    columns = (values.split(widths, -1) for values in (predicted, truth, known.mean(0)))
+    for name, guess, answer, mean in zip(setting.train, *columns, strict=True):
         if name == "rotation":
             right = setting.per_image_sum(guess.argmax(1) == answer.argmax(1)) / setting.per_image
             measured[name, "accuracy"] = setting.measured(lambda w, right=right: w @ right / w.sum(1))
             continue
         error = setting.per_image_sum((guess - answer).square().sum(1))
-        total = setting.per_image_sum((answer - centre).square().sum(1))
+        total = setting.per_image_sum((answer - mean).square().sum(1))
         measured[name, "squared error"] = setting.measured(
             lambda w, error=error: w @ error / (w.sum(1) * setting.per_image))
         measured[name, "R2"] = setting.measured(lambda w, error=error, total=total: 1 - w @ error / (w @ total))
@@ -538,24 +557,12 @@ def ridge_map(setting, x, tx, test_x, device):
     """An equivariant map for methods that have none: predicts f(t(x)) from f(x) and t. x, tx (N, D): the features of
     the training pairs; test_x (n, D). Returns (n, T, D).
 
-    It is linear in the feature, and its matrix and its offset are affine in the description d of t: a ridge regression
-    from f, d and all products of the two. f and d alone would not do: such a map adds the same offset to every image,
-    while an equivariant representation acts on the feature by a matrix that depends on t. The kernel of those inputs is
-    the product of two linear kernels, (1 + f.f' / D) (1 + d.d' / k), so the N x (D + 1) (k + 1) inputs are never
-    made."""
-    scaled, (d, test_d) = standardizer(x), setting.descriptions()
-    f, test_f, d, test_d = (values.to(device) for values in (scaled(x), scaled(test_x), d, test_d))
-    mean = tx.double().mean(0).to(device)
-
-    def kernel(f, f2, d, d2):
-        return (1 + f @ f2.T / f.shape[1]) * (1 + d @ d2.T / d.shape[1])
-
-    dual = ridge(kernel(f.double(), f.double(), d.double(), d.double()), tx.double().to(device) - mean,
-                 setting.held_out.to(device), together=True).float()
-    few = max(1, 1000 // setting.per_image)  # test images at once
-    predicted = [kernel(some.repeat_interleave(setting.per_image, 0), f, of, d) @ dual + mean.float()
-                 for some, of in zip(test_f.split(few), test_d.split(few * setting.per_image), strict=True)]
-    return torch.cat(predicted).unflatten(0, (setting.n, setting.per_image)).cpu()
+    It is linear in the feature, and its matrix and its offset are affine in what is to be told of t: a ridge regression
+    from f, t and all products of the two. f and t alone would not do: such a map adds the same offset to every image,
+    while an equivariant representation acts on the feature by a matrix that depends on t."""
+    told, test_told = setting.told()
+    predicted = regress(setting, [x, told], [test_x[setting.test_index], test_told], tx, device, together=True)
+    return predicted.unflatten(0, (setting.n, setting.per_image))
 
 
 def rank_distribution(predicted, candidates, tie=1e-9):
@@ -652,11 +659,12 @@ def measure(setting, original, transformed, own, device):
     D) that it is to predict."""
     x, test_x = original.draw("train")[setting.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
-    both = torch.cat([x, tx], 1), torch.cat([test_x[setting.test_index], test_tx], 1)
-    rows = []
-    for source, features in (("x and t(x)", both), ("t(x)", (tx, test_tx))):
+    both, rows = ([x, tx], [test_x[setting.test_index], test_tx]), []
+    sources = {"x and t(x)": both, "x and t(x), no products": [[torch.cat(blocks, 1)] for blocks in both],
+               "t(x)": ([tx], [test_tx])}
+    for source, blocks in sources.items():
         rows += [{"measure": name, "target": target, "from": source, **interval} for (target, name), interval
-                 in predict_transformations(setting, *features, device).items()]
+                 in predict_transformations(setting, *blocks, device).items()]
     maps = [("ridge", ridge_map(setting, x, tx, test_x, device), test_tx.unflatten(0, (setting.n, -1)))]
     for predict, wanted in own:
         maps += predict(setting, test_x, wanted)
@@ -725,7 +733,8 @@ def probe_equivariance(args):
         f"{dataset}: {len(test_images):,} test images, {per_image} transformations each, two images sharing theirs; "
         f"ridge regressions fitted on {pairs:,} pairs of {len(images):,} training images, the penalty chosen on "
         f"{RIDGE_VALIDATION:.0%} of these; no crops or flips; seed {args.seed}",
-        "prediction: from the features of x and t(x), or of t(x) alone; R² of 1 is perfect, of 0 the training mean",
+        "prediction: from the features of x and t(x) and their products, without which the two cannot be compared "
+        "(--json has it without them too), or of t(x) alone; R² of 1 is perfect, of 0 the training mean",
         "MRR, H@1, H@5: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
         "same image; by a ridge regression on f(x), t and their products, or by a map of the method's own",
         "moved: mean |f(t(x)) - f(x)|² over mean |f(x) - f(x')|²; 0 is invariant",
@@ -738,6 +747,8 @@ def probe_equivariance(args):
 def column(row):
     """The heading under which a row's value stands; None for what only --json tells."""
     if row.get("map", "ridge") != "ridge" or (row["measure"] == "squared error" and row["target"] != "t"):
+        return None
+    if row.get("from") == "x and t(x), no products":
         return None
     alone = ", t(x) alone" if row.get("from") == "t(x)" else ""
     if row["measure"] in ("squared error", "accuracy", "R2"):

@@ -112,6 +112,20 @@ def test_an_encoder_that_turns_with_the_rotation_is_found_by_a_map_that_multipli
     assert torch.nn.functional.cosine_similarity(torch.from_numpy(weak), tx[1]).mean() < 0.1
 
 
+def test_a_transformation_that_shows_only_beside_the_original_takes_products():
+    """Each feature of t(x) is that of x, or its opposite after an odd number of quarter turns: neither f(t(x)) nor a sum
+    of f(x) and f(t(x)) tells the two kinds of turn apart, and f(x) f(t(x)) does."""
+    setting = setting_of(train_images=1000, pairs=1000, test_images=200)
+    content = noise(1000, 4).sign(), noise(200, 4, seed=2).sign()
+    flip = [1 - 2 * (targets["rotation"].argmax(1, keepdim=True) % 2) for targets in (setting.train, setting.test)]
+    tx = [of[index] * sign for of, index, sign in
+          zip(content, (setting.train_index, setting.test_index), flip, strict=True)]
+    rows = scores(setting, content, tx)
+    assert abs(value(rows, "accuracy", "rotation") - 0.5) < 0.07  # one of two, of four
+    for source in ("x and t(x), no products", "t(x)"):
+        assert abs(value(rows, "accuracy", "rotation", source) - 0.25) < 0.07
+
+
 def test_sampled_features_are_measured_with_their_noise():
     setting = setting_of()
     told = [torch.cat(list(targets.values()), 1) for targets in (setting.train, setting.test)]
@@ -202,9 +216,10 @@ def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_trans
     monkeypatch.setattr(probe, "RIDGE_PENALTIES", [0.1])
     setting = setting_of(train_images=60, test_images=10, pairs=100)
     x, tx, test_x = noise(60, 4)[setting.train_index], noise(100, 3, seed=2), noise(10, 4, seed=3)
-    scaled = probe.standardizer(x)
-    d, test_d = setting.descriptions()
-    assert d.shape == (100, 15) and d.mean(0).abs().max() < 1e-5  # t 8, rotation 4, scale 1, translation 2
+    told, test_told = setting.told()
+    assert told.shape == (100, 15)  # t 8, rotation 4, scale 1, translation 2
+    scaled, standard = probe.standardizer(x), probe.standardizer(told)
+    d, test_d = standard(told), standard(test_told)
 
     def products(f, d):
         f = torch.cat([torch.ones(len(f), 1), scaled(f) / math.sqrt(4)], 1).double()
@@ -239,7 +254,7 @@ def test_r2_and_its_error_are_their_definitions():
     train, test = noise(500, 6), noise(400, 6, seed=2)
     train[:, 0] += setting.train["hue"][:, 0]
     test[:, 0] += setting.test["hue"][:, 0]
-    measured = probe.predict_transformations(setting, train, test, CPU)
+    measured = probe.predict_transformations(setting, [train], [test], CPU)
     truth = setting.test["hue"][:, 0].double()
     error, total = (measured["hue", "squared error"]["value"],
                     (truth - setting.train["hue"].double().mean()).square().mean().item())
@@ -408,7 +423,7 @@ def test_the_command_measures_every_row(measured):
                 and row["features"] == "mu"]
     assert blind["value"] == pytest.approx(sum(1 / rank for rank in range(1, 13)) / 12, abs=1e-9)
     assert blind["low"] == pytest.approx(blind["high"]) and len(blind["ranks"]) == 12
-    for shown in ("knowing the rotation alone", "chance", "95 % interval, at most", "crop position R²"):
+    for shown in ("knowing the rotation alone", "chance", "95 % interval, at most", "crop transformations"):
         assert shown in printed
 
 
@@ -416,7 +431,7 @@ def test_the_page_is_filled_between_its_marks(measured):
     folder, _, rows = measured
     page = (folder / "page.md").read_text()
     assert page.startswith("# Before\n\n<!-- measured -->\n") and page.endswith("<!-- /measured -->\n\nAfter.\n")
-    assert "\nold\n" not in page
+    assert "\nold\n" not in page and "| crop position R² |" in page
     (table,) = [part for part in page.split("**") if "| knowing the rotation alone |" in part]
     heading = table.strip().splitlines()[0].split(" | ")
     (line,) = [line for line in table.splitlines() if line.startswith("| vte_ba (ba.ckpt) | mu |")]
