@@ -388,7 +388,8 @@ def write_page(path, text):
 
 
 def write_json(rows, path):
-    Path(path).write_text(json.dumps([{k: v for k, v in row.items() if k != "label"} for row in rows], indent=1) + "\n")
+    lines = [json.dumps({name: value for name, value in row.items() if name != "label"}) for row in rows]
+    Path(path).write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 # ---------------------------------------------------------------------------------------------------- equivariance
@@ -586,7 +587,7 @@ def retrieval(setting, predicted, candidates):
     by_image, ranks = chances.mean(1), torch.arange(1, setting.per_image + 1)
     scores = {"MRR": by_image @ (1 / ranks.double()), "H@1": by_image[:, 0], "H@5": by_image[:, :5].sum(1)}
     measured = {name: setting.measured(lambda w, score=score: w @ score / w.sum(1)) for name, score in scores.items()}
-    return measured, by_image.mean(0).tolist()
+    return measured, [round(share, 6) for share in by_image.mean(0).tolist()]
 
 
 def movement(setting, x, tx):

@@ -113,8 +113,8 @@ def test_an_encoder_that_turns_with_the_rotation_is_found_by_a_map_that_multipli
 
 
 def test_a_transformation_that_shows_only_beside_the_original_takes_products():
-    """Each feature of t(x) is that of x, or its opposite after an odd number of quarter turns: neither f(t(x)) nor a sum
-    of f(x) and f(t(x)) tells the two kinds of turn apart, and f(x) f(t(x)) does."""
+    """Each feature of t(x) is that of x, or its opposite after an odd number of quarter turns: neither f(t(x)) nor a
+    sum of f(x) and f(t(x)) tells the two kinds of turn apart, and f(x) f(t(x)) does."""
     setting = setting_of(train_images=1000, pairs=1000, test_images=200)
     content = noise(1000, 4).sign(), noise(200, 4, seed=2).sign()
     flip = [1 - 2 * (targets["rotation"].argmax(1, keepdim=True) % 2) for targets in (setting.train, setting.test)]
@@ -171,7 +171,7 @@ def test_retrieval_is_its_literal_form_with_ties(closeness):
     measured, shares = probe.retrieval(setting, predicted, candidates)
     for name, expected in literal_scores(predicted, candidates).items():
         assert measured[name]["value"] == pytest.approx(expected, abs=1e-9)
-    assert sum(shares) == pytest.approx(1) and len(shares) == PER_IMAGE
+    assert sum(shares) == pytest.approx(1, abs=1e-5) and len(shares) == PER_IMAGE
 
 
 def test_chance_of_60_is_what_a_random_and_a_constant_map_score():
@@ -183,7 +183,7 @@ def test_chance_of_60_is_what_a_random_and_a_constant_map_score():
         assert {name: round(chance, 3) for name, chance in exact.items()} == {"MRR": 0.078, "H@1": 0.017, "H@5": 0.083}
         for name, chance in exact.items():
             assert measured[name]["value"] == pytest.approx(chance, abs=tolerance)
-        assert shares == pytest.approx([1 / 60] * 60, abs=tolerance)
+        assert shares == pytest.approx([1 / 60] * 60, abs=max(tolerance, 1e-6))  # told to six digits
 
 
 def test_ranks_are_of_the_own_image_s_candidates():
