@@ -830,7 +830,7 @@ EQUIVARIANCE_DEFAULTS = {"transformations": None, "images": 300, "per_image": 60
 def parse_args():
     parser = Parser(description="Evaluate checkpoints, on labels or for equivariance, beside a random encoder and raw "
                                 "pixels.",
-                    epilog="examples:\n  python probe.py pt.ckpt vte_ba.ckpt --train-sizes 5000 500 --json rows.json\n"
+                    epilog="example:\n  python probe.py pt.ckpt vte_ba.ckpt --train-sizes 5000 500 --json rows.json\n"
                            "  python probe.py --equivariance pt.ckpt vte_ba.ckpt --json equivariance.json")
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="data set, encoder and sizes come from the checkpoint")
