@@ -177,13 +177,13 @@ def coefficients_from_corners(corners, size):
     return torch.cat([to_x, to_y, to_w], -1) / (a * e - b * d)[..., None]
 
 
-def sample_coefficients(n, size, generator=None):
+def sample_corners(n, size, generator=None):
     """Random projective transformations as AVT and VTE draw them: the corners are scaled about the centre by
     U(0.8, 1.2), rotated by 0, 90, 180 or 270 degrees, and each is then moved by an integer in [-4, 4] pixels of a
     32-pixel image on either axis. The centre is size / 2 (AVT's code adds half a pixel).
 
     size: side in pixels, or (height, width); the shifts grow with it. generator: its device is where all is drawn.
-    Returns (n, 8) float32 coefficients on that device, for `projective_warp`.
+    Returns quarter_turns (n,) int64, 0 to 3, and corners (n, 4, 2) float64, for `coefficients_from_corners`.
     """
     height, width = (size, size) if isinstance(size, int) else size
     draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
@@ -195,8 +195,14 @@ def sample_coefficients(n, size, generator=None):
     right, down = (corner == 1) | (corner == 2), corner >= 2
     unit = (torch.stack([right, down], -1).to(scale) - 0.5) * scale + 0.5  # (n, 4, 2), the image being the unit square
     unit = unit.gather(1, ((corner + quarter_turns) % 4)[..., None].expand(n, 4, 2)) + shift / 32
-    corners = torch.stack([unit[..., 0] * width, unit[..., 1] * height], -1)
-    return coefficients_from_corners(corners, (height, width)).float()
+    return quarter_turns[:, 0], torch.stack([unit[..., 0] * width, unit[..., 1] * height], -1)
+
+
+def sample_coefficients(n, size, generator=None):
+    """(n, 8) float32 coefficients of random transformations (`sample_corners`), for `projective_warp`, on the
+    generator's device. size: side in pixels, or (height, width)."""
+    _, corners = sample_corners(n, size, generator)
+    return coefficients_from_corners(corners, size).float()
 
 
 def transformation_target(coefficients, size):
@@ -940,7 +946,7 @@ class Run:
         processes together (DistributedDataParallel)."""
         model = model.to(self.device, memory_format=torch.channels_last)
         if self.left:
-            load_weights(model, self.left["model"], self.output)
+            load_model(model, self.left, self.output)
         if self.processes > 1 and self.args.sync_bn:
             model = synchronise_batch_norm(model, self.device)
         if self.args.compile in ("inductor", "cudagraphs"):
@@ -1233,12 +1239,6 @@ def save_checkpoint(path, method, config, model, optimizer, epoch, position=None
                      "optimizer": optimizer.state_dict(), "position": position}, path)
 
 
-def load_weights(model, state, path):
-    """Into the model, after `check_weights`. Raises UserError."""
-    check_weights(model, state, path, "the model")
-    model.load_state_dict(state)
-
-
 PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
     f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()}
 
@@ -1373,3 +1373,10 @@ def load_encoder(checkpoint, path, probabilistic=False):
     encoder = build_encoder(*settings)
     encoder.load_state_dict(checkpoint["encoder"])
     return encoder.eval()
+
+
+def load_model(model, checkpoint, path):
+    """`model` with all that the checkpoint holds, in eval mode on the CPU. Raises UserError where it does not fit."""
+    check_weights(model, checkpoint["model"], path, f"the model of {checkpoint['method']} that it names")
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()

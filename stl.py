@@ -96,6 +96,13 @@ def sample_transformations(n, size, generator=None):
     }
 
 
+def unchanged_transformations(n, size):
+    """What `sample_transformations` returns, for n images that are left as they are."""
+    return {"box": torch.tensor([[0, 0, size, size]]).repeat(n, 1),
+            "factors": torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1),
+            "order": torch.arange(4).repeat(n, 1), "grey": torch.zeros(n, dtype=torch.bool)}
+
+
 def sample_flips_and_blurs(n, generator=None):
     """What each image has of its own: flip (n,) bool with p = 0.5; sigma (n,) of the blur in pixels, U(0.1, 2) with
     p = 0.5 and 0, no blur, otherwise."""

@@ -3,6 +3,9 @@
     python results/figures.py transformations --dataset digits --output transformations.png
     python results/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png
     python results/figures.py codes stl.ckpt --output codes.png
+    python results/figures.py decoded pt.ckpt avt.ckpt --output decoded.png
+    python results/figures.py ranks equivariance.json --output ranks.png
+    python results/figures.py features pt.ckpt vte_ba.ckpt --output features.png
 """
 
 import json
@@ -22,14 +25,22 @@ from common import (
     MAX_IMAGE_SIZE,
     Parser,
     UserError,
+    build_encoder,
+    choose_device,
     file_path,
+    load_checkpoint,
+    load_encoder,
     load_images,
+    load_model,
     normalization,
     positive,
     projective_warp,
     run_command,
     sample_coefficients,
+    sample_corners,
     seed,
+    transformation_target,
+    warp_batch,
 )
 
 
@@ -105,8 +116,7 @@ def single_transformations(kind, n, size, generator):
     import stl
 
     drawn = stl.sample_transformations(n, size, generator)
-    shared = {"box": torch.tensor([[0, 0, size, size]]).repeat(n, 1), "order": drawn["order"],
-              "factors": torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1), "grey": torch.zeros(n, dtype=torch.bool)}
+    shared = {**stl.unchanged_transformations(n, size), "order": drawn["order"]}
     if kind == "crop":
         shared["box"] = box = drawn["box"]
         top, left, height, width = box.float().unbind(1)
@@ -135,8 +145,7 @@ def transformation_codes(path, n, data_dir, seed):
     for number, kind in enumerate(CODE_KINDS):
         index = torch.randint(0, len(images), (n,), generator=generator)
         shared, values = single_transformations(kind, n, size, generator)
-        plain, _ = single_transformations("hue", n, size, generator)
-        plain["factors"] = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1)
+        plain = stl.unchanged_transformations(n, size)
         own = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
         with torch.no_grad():
             normal = 255 * scale, shift
@@ -176,6 +185,140 @@ def draw_codes(args):
     save(figure, args.output)
 
 
+def seen_region(t, size):
+    """The corners, top left first and clockwise, of what t(x) shows of x, in x: (N, 8) of `transformation_target` ->
+    (N, 4, 2) float64, (x, y) in pixels. size: side in pixels."""
+    half, unit = size / 2, size / 32
+    offset = torch.tensor([0, 0, half, 0, 0, half, 0, 0], dtype=torch.float64)
+    divisor = torch.tensor([1, 1, 20 * unit, 1, 1, 20 * unit, 0.015 / unit, 0.015 / unit], dtype=torch.float64)
+    matrix = torch.cat([t.double() * divisor + offset, torch.ones(len(t), 1)], 1).view(-1, 3, 3)  # output to input
+    corners = torch.tensor([[0, 0, 1], [size, 0, 1], [size, size, 1], [0, size, 1]], dtype=torch.float64)
+    at = matrix @ corners.T  # (N, 3, 4)
+    return (at[:, :2] / at[:, 2:]).mT
+
+
+@torch.no_grad()
+def decode_transformations(path, images, coefficients):
+    """The method of a checkpoint, and t (N, 8) as its decoder tells it from mu of images (N, 3, S, S) uint8 under these
+    coefficients (and, AVT, of the images themselves)."""
+    from avt import AVT
+    from predictive_transform import PredictiveTransform
+
+    checkpoint = load_checkpoint(path)
+    config, models = checkpoint["config"], {"predictive_transform": PredictiveTransform, "avt": AVT}
+    if checkpoint["method"] not in models:
+        raise UserError(f"'{path}' is a checkpoint of {checkpoint['method']}, which decodes no transformation; one of "
+                        "predictive_transform.py or avt.py is needed here")
+    encoder = build_encoder(config["encoder"], config["image_size"])
+    model = load_model(models[checkpoint["method"]](encoder), checkpoint, path)
+    index, normal = torch.arange(len(images)), normalization(config["mean"], config["std"])
+    codes = [model.encoder(warp_batch(images, index, None, which, *normal))[0] for which in (coefficients, None)]
+    return checkpoint["method"], model.decoder(torch.cat(codes, 1) if checkpoint["method"] == "avt" else codes[0])
+
+
+def draw_decoded(args):
+    """Transformed held-out images above; below the originals, with the outline of what the transformed image shows of
+    them, the true one and the one that each checkpoint decodes. The thick side is the top of the transformed image."""
+    config = load_checkpoint(args.checkpoints[0])["config"]
+    size = config["image_size"]
+    for path in args.checkpoints[1:]:
+        if load_checkpoint(path)["config"]["image_size"] != size:
+            raise UserError("the checkpoints differ in image_size: draw them one by one", exit_code=2)
+    images, _, _ = load_images(args.dataset or config["dataset"], "test", args.data_dir, size)
+    generator = torch.Generator().manual_seed(args.seed)
+    images = images[torch.randperm(len(images), generator=generator)[: args.columns]]
+    coefficients = sample_coefficients(len(images), size, generator)
+    truth, moved = transformation_target(coefficients, size), projective_warp(images, coefficients)
+    figure, axes = plt.subplots(1 + len(args.checkpoints), len(images), squeeze=False,
+                                figsize=(1.6 * len(images) + 0.4, 1.75 * (1 + len(args.checkpoints))))
+    for axis, picture in zip(axes[0], moved, strict=True):
+        axis.imshow(picture.permute(1, 2, 0).numpy(), extent=(0, size, size, 0))
+    axes[0, 0].set_ylabel("transformed", fontsize=9)
+    for row, path in zip(axes[1:], args.checkpoints, strict=True):
+        method, decoded = decode_transformations(path, images, coefficients)
+        errors = (decoded - truth).square().sum(1)
+        row[0].set_ylabel(method.replace("_", " "), fontsize=9)
+        for axis, picture, *outlines, error in zip(row, images, seen_region(truth, size), seen_region(decoded, size),
+                                                   errors, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy(), extent=(0, size, size, 0))
+            for outline, colour in zip(outlines, ("black", "tab:red"), strict=True):
+                axis.plot(*outline[[0, 1, 2, 3, 0]].T, color=colour, linewidth=1.2)
+                axis.plot(*outline[:2].T, color=colour, linewidth=4)
+            axis.set_title(f"error {error:.2f}", fontsize=8, pad=2)
+    for axis in axes.flat:
+        axis.set(xlim=(-0.35 * size, 1.35 * size), ylim=(1.35 * size, -0.35 * size), xticks=[], yticks=[])
+    for colour, name in (("black", "true"), ("tab:red", "decoded")):
+        axes[0, -1].plot([], [], color=colour, label=name)
+    axes[0, -1].legend(fontsize=7, loc="lower right", ncols=2, handlelength=1, columnspacing=0.8)
+    figure.tight_layout(pad=0.3)
+    save(figure, args.output)
+
+
+def draw_ranks(args):
+    """Retrieval: how often the true transformation has each rank, for each map that `probe.py --equivariance --json`
+    measured (rows with z sampled are left out)."""
+    try:
+        rows = [row for row in json.loads(Path(args.rows).read_text())
+                if "ranks" in row and row["features"] != "sample" and row["transformations"] == args.transformations]
+        panels = {}
+        for row in rows:
+            panels.setdefault(row["checkpoint"] or row["method"], []).append((row["map"], row["value"], row["ranks"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{args.rows}' is no file that probe.py --equivariance --json wrote ({error})") from error
+    if not panels:
+        raise UserError(f"'{args.rows}' holds no retrieval under {args.transformations} transformations")
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3 * columns, 0.4 + 2.2 * lines), squeeze=False, sharex=True,
+                                sharey=True, layout="constrained")
+    for axis in list(axes.flat)[len(panels):]:
+        axis.axis("off")
+    for axis, (name, maps) in zip(axes.flat, panels.items(), strict=False):
+        for label, value, ranks in maps:
+            axis.stairs(ranks, np.arange(len(ranks) + 1) + 0.5, label=f"{label}: MRR {value:.2f}", linewidth=1.5)
+        axis.axhline(1 / len(ranks), color="grey", linestyle=":")
+        axis.set(title=name, yscale="log", xlim=(0.5, len(ranks) + 0.5))
+        axis.title.set_fontsize(9)
+        axis.legend(fontsize=7, loc="upper right")
+    figure.supxlabel(f"rank of the true one among {len(ranks)} transformations (dotted: chance)", fontsize=9)
+    figure.supylabel("share of queries", fontsize=9)
+    save(figure, args.output)
+
+
+def draw_features(args):
+    """t-SNE of the features (mu) of held-out images, each under one random projective transformation: coloured by class
+    on the left and by rotation on the right."""
+    from sklearn.manifold import TSNE
+
+    from probe import encode
+
+    figure, axes = plt.subplots(len(args.checkpoints), 2, figsize=(9, 3.2 * len(args.checkpoints)), squeeze=False)
+    for (left, right), path in zip(axes, args.checkpoints, strict=True):
+        checkpoint = load_checkpoint(path)
+        config, size = checkpoint["config"], checkpoint["config"]["image_size"]
+        images, labels, classes = load_images(args.dataset or config["dataset"], "test", args.data_dir, size)
+        generator = torch.Generator().manual_seed(args.seed)
+        chosen = torch.randperm(len(images), generator=generator)[: args.images]
+        coefficients = sample_coefficients(len(chosen), size, torch.Generator().manual_seed(args.seed))
+        turns, _ = sample_corners(len(chosen), size, torch.Generator().manual_seed(args.seed))  # the same draws
+
+        def apply(images, index, rows, *normal, coefficients=coefficients):
+            return warp_batch(images, index, None, coefficients[rows], *normal)
+
+        features, _ = encode(load_encoder(checkpoint, path), images, config["mean"], config["std"],
+                             choose_device("cpu"), torch.float32, index=chosen, apply=apply)
+        at = TSNE(perplexity=min(30, len(chosen) // 4), init="pca", random_state=args.seed).fit_transform(features)
+        for axis, groups, names in ((left, labels[chosen], classes), (right, turns, ["0°", "90°", "180°", "270°"])):
+            for number, name in enumerate(names):
+                axis.scatter(*at[(groups == number).numpy()].T, s=4, color=plt.cm.tab10(number % 10), label=name)
+            axis.set(xticks=[], yticks=[])
+            axis.legend(fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
+        left.set_title(f"{checkpoint['method'].replace('_', ' ')}: class", fontsize=10)
+        right.set_title(f"{checkpoint['method'].replace('_', ' ')}: rotation", fontsize=10)
+    figure.tight_layout()
+    save(figure, args.output)
+
+
 def parse_args():
     parser = Parser(description="Pictures of the data and of training runs.",
                     epilog="example:\n  python results/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png")
@@ -201,6 +344,31 @@ def parse_args():
     add("--seed", type=seed, default=0, help="of images, transformations and t-SNE")
     add("--output", type=file_path, default="codes.png", help="default: %(default)s")
     codes.set_defaults(draw=draw_codes)
+    decoded = pictures.add_parser("decoded", help="transformations as PT and AVT decode them, drawn over images")
+    add = decoded.add_argument
+    add("checkpoints", nargs="+", type=file_path, metavar="CKPT", help="of predictive_transform.py or avt.py")
+    add("--dataset", type=file_path, help="other data than the first checkpoint's, whose test images are used")
+    add("--columns", type=positive(int), default=7, help="how many images (default: %(default)s)")
+    add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
+    add("--seed", type=seed, default=0, help="of images and transformations")
+    add("--output", type=file_path, default="decoded.png", help="default: %(default)s")
+    decoded.set_defaults(draw=draw_decoded)
+    ranks = pictures.add_parser("ranks", help="histograms of ranks in retrieval")
+    add = ranks.add_argument
+    add("rows", type=file_path, metavar="JSON", help="what probe.py --equivariance --json wrote")
+    add("--transformations", choices=["projective", "crop", "colour"], default="projective",
+        help="which of those it holds (default: %(default)s)")
+    add("--output", type=file_path, default="ranks.png", help="default: %(default)s")
+    ranks.set_defaults(draw=draw_ranks)
+    features = pictures.add_parser("features", help="t-SNE of features, by class and by rotation")
+    add = features.add_argument
+    add("checkpoints", nargs="+", type=file_path, metavar="CKPT", help="two, say: a line of pictures for each")
+    add("--dataset", type=file_path, help="other data than each checkpoint's own, whose test images are used")
+    add("--images", type=positive(int), default=1000, help="how many (default: %(default)s)")
+    add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
+    add("--seed", type=seed, default=0, help="of images, transformations and t-SNE")
+    add("--output", type=file_path, default="features.png", help="default: %(default)s")
+    features.set_defaults(draw=draw_features)
     return parser.parse_args()
 
 

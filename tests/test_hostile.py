@@ -549,7 +549,7 @@ CHOICE = ["", "x", "\u0661", "CPU", "two\nlines"]
 SWITCH = ["1", "true", ""]  # --flag=value
 WRONG = {
     "--dataset": TEXT, "--data-dir": TEXT, "--output": TEXT, "--pretrained": TEXT, "--json": TEXT, "--markdown": TEXT,
-    "--plot": TEXT, "CKPT": TEXT, "LOG": TEXT,
+    "--plot": TEXT, "CKPT": TEXT, "LOG": TEXT, "JSON": TEXT,
     "--epochs": WHOLE, "--batch-size": WHOLE, "--image-size": [*WHOLE, "1025"], "--limit": WHOLE, "--passes": WHOLE,
     "--train-sizes": WHOLE, "--columns": WHOLE, "--pairs": WHOLE, "--n": WHOLE, "--repeats": WHOLE, "--sizes": WHOLE,
     "--batches": WHOLE, "--save-every": WHOLE, "--steps": WHOLE, "--images": WHOLE, "--workers": WHOLE,
@@ -562,7 +562,7 @@ WRONG = {
     "--architecture": CHOICE, "--scripts": CHOICE, "PICTURE": CHOICE, "what": CHOICE,
     "--from-scratch": SWITCH, "--steerable": SWITCH, "--augmix": SWITCH, "--mean-per-class": SWITCH, "--quick": SWITCH,
     "--check": SWITCH, "--sync-bn": SWITCH, "--deterministic": SWITCH, "--resume": SWITCH,
-    "--no-usual": SWITCH,
+    "--no-usual": SWITCH, "--equivariance": SWITCH, "--per-image": WHOLE, "--transformations": CHOICE,
 }
 SCRIPTS = sorted(str(path.relative_to(ROOT).with_suffix("")) for folder in (".", "results", "benchmarks")
                  for path in (ROOT / folder).glob("*.py") if "parse_args()" in path.read_text())
