@@ -863,6 +863,10 @@ def print_equivariance(rows, notes):
 
 
 def write_equivariance_markdown(rows, notes, path):
+    """A page is to be read at a glance, so rows with z sampled are left to the terminal and --json."""
+    if any(row["features"] == "sample" for row in rows):
+        rows = [row for row in rows if row["features"] != "sample"]
+        notes = [*notes, "with z sampled: in what --json writes"]
     text = []
     for title, headings, lines in make_equivariance_tables(rows):
         text += [f"**{title[0].upper()}{title[1:]}**", "", "| | features | " + " | ".join(headings) + " |",

@@ -356,7 +356,7 @@ def parse_args():
     ranks = pictures.add_parser("ranks", help="histograms of ranks in retrieval")
     add = ranks.add_argument
     add("rows", type=file_path, metavar="JSON", help="what probe.py --equivariance --json wrote")
-    add("--transformations", choices=["projective", "crop", "colour"], default="projective",
+    add("--transformations", choices=["projective", "crop", "colour", "crop+colour"], default="projective",
         help="which of those it holds (default: %(default)s)")
     add("--output", type=file_path, default="ranks.png", help="default: %(default)s")
     ranks.set_defaults(draw=draw_ranks)

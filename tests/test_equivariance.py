@@ -533,7 +533,7 @@ def test_the_pictures_are_drawn_and_refuse_what_they_cannot_draw(figures, measur
         monkeypatch.setattr("sys.argv", ["figures.py", name, *flags, "--output", f"{name}.png"])
         figures.main()
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    refused("results/figures.py", "ranks", "rows.json", "--transformations", "hue", cwd=folder, code=1,
-            says="holds no retrieval under hue transformations")
+    refused("results/figures.py", "ranks", "rows.json", "--transformations", "colour", cwd=folder, code=1,
+            says="holds no retrieval under colour transformations")
     refused("results/figures.py", "ranks", "page.md", cwd=folder, code=1, says="is no file that probe.py")
     refused("results/figures.py", "decoded", "ba.ckpt", cwd=folder, code=1, says="decodes no transformation")
