@@ -59,6 +59,7 @@ bench-train: setup
 	$(BIN)/python benchmarks/train.py compile --output results/train-compile-cpu.json
 	$(BIN)/python benchmarks/train.py precision --output results/train-precision-cpu.json
 	$(BIN)/python benchmarks/train.py memory --output results/train-memory-cpu.json
+	$(BIN)/python benchmarks/train.py probe --output results/probe-times-cpu.json
 
 # Where all packages are there already and none can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python
 GPU ?= h200
@@ -73,6 +74,7 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/train.py step --device cuda --steps 200 --output results/train-$(GPU).json
 	$(BIN)/python benchmarks/train.py scale --device cuda --steps 200 --output results/train-scale-$(GPU).json
 	$(BIN)/python benchmarks/train.py precision --device cuda --epochs 20 --output results/train-precision-$(GPU).json
+	$(BIN)/python benchmarks/train.py probe --device cuda --output results/probe-times-$(GPU).json
 
 lint: setup
 	$(BIN)/python -m ruff check .

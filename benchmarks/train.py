@@ -1,10 +1,11 @@
-"""Where the time of a training step goes, for each script.
+"""Where the time of a training step goes, for each script; and what else training and probing cost.
 
     python benchmarks/train.py step --output results/train-cpu.json        images/s: full step, ceiling, usual pipeline
     python benchmarks/train.py scale --output results/train-scale.json     images/s against the number of images
     python benchmarks/train.py compile --output results/train-compile.json eager, torch.compile; on a GPU also CUDA
                                                                            graphs, and the cost of --deterministic
     python benchmarks/train.py precision --output results/precision.json   losses in float32 and bfloat16
+    python benchmarks/train.py probe --output results/probe-times.json     k-NN, and logistic fits side by side
     python benchmarks/train.py memory --output results/train-memory.json   memory over 2,000 steps
 
 step: (full) the script's own training loop; (ceiling) the same loop with every batch's tensors made beforehand, so that
@@ -28,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -423,8 +425,37 @@ def measure_memory(args):
     return {"mebibytes_each_100_steps": held, "growth_after_500_steps": growth}
 
 
+def measure_probe(args):
+    """k-NN of 10,000 test on 50,000 training features of 512 dimensions, and four logistic fits on 5,000."""
+    import probe
+
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(50000, 512, generator=generator), torch.randn(10000, 512, generator=generator)
+    labels = torch.randint(0, 10, (50000,), generator=generator)
+    whole = probe.Representation(None, "random", None, (train, None), (test, None))
+    few = probe.Representation(None, "random", None, (train[:5000], None), (test, None))
+    device, times, index = torch.device(args.device), {}, torch.arange(50000)
+
+    def timed(name, run):
+        start = time.perf_counter()
+        result = run()
+        times[name] = time.perf_counter() - start
+        print(f"{name:45}{times[name]:8.2f} s", flush=True)
+        return result
+
+    ours = timed("k-NN, chunks in torch", lambda: probe.vote_of_nearest(
+        train.to(device), labels.to(device), test.to(device), 5).cpu().numpy())
+    theirs = timed("k-NN, scikit-learn", lambda: next(probe.knn_predictions(whole, index, labels, 1,
+                                                                            torch.device("cpu"))))
+    fits = [probe.logistic_predictions(few, index[:5000], labels[:5000], 1, seed) for seed in range(4)]
+    warnings.simplefilter("ignore")  # 100 iterations are not enough to converge, as in the paper
+    timed("four logistic fits, one after the other", lambda: [fit() for fit in fits])
+    timed("four logistic fits, side by side", lambda: list(probe.run_ahead(iter(fits), os.cpu_count())))
+    return {"seconds": times, "share_of_equal_predictions": float((ours == theirs).mean())}
+
+
 KINDS = {"step": measure_steps, "scale": measure_scale, "compile": measure_compile, "precision": measure_precision,
-         "memory": measure_memory}
+         "memory": measure_memory, "probe": measure_probe}
 
 
 def main():

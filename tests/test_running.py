@@ -233,6 +233,23 @@ def test_more_epochs_and_fewer_checkpoints(whole, forks):
     assert_same_run(folder / "avt.ckpt", folder / "longer.ckpt")
 
 
+def test_a_disk_that_is_full_is_said_before_training_or_loses_nothing(whole, forks):
+    folder, _ = whole
+    command = [*SCRIPTS["avt"], *FEW, "--output", "full.ckpt"]
+    full = wrapper(folder, "import shutil, collections\nshutil.disk_usage = lambda path: "
+                           "collections.namedtuple('Usage', 'total used free')(2**40, 2**40, 2**20)")
+    result = forks.run(full, *command, cwd=folder)
+    assert result.returncode == 1 and "has 1 MiB left and a checkpoint takes" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (folder / "full.ckpt").exists()
+    filling = wrapper(folder, "import resource\nafter_steps(15, lambda: "  # in the third epoch; files of 1 MiB at most
+                              "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))")
+    result = forks.run(filling, *command, cwd=folder)
+    assert result.returncode == 1 and "what was there before is kept" in result.stderr.splitlines()[-1]
+    assert load_checkpoint(folder / "full.ckpt")["epoch"] == 2 and not list(folder.glob("*.tmp"))
+    assert forks.run(*command, "--resume", cwd=folder).returncode == 0
+    assert_same_run(folder / "avt.ckpt", folder / "full.ckpt")
+
+
 def test_images_kept_on_the_host_give_the_same_run(whole, forks):
     folder, _ = whole
     result = forks.run(*SCRIPTS["pt"], *FEW, "--data-on", "host", "--output", "host.ckpt", cwd=folder)
