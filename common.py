@@ -1135,7 +1135,7 @@ class Run:
         means, rate = self.means(), optimizer.param_groups[0]["lr"]
         seconds = self._spent + time.perf_counter() - self._start
         bad = [f"the {name} became {value}" for name, value in means.items() if not math.isfinite(value)]
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        if not self._finite():
             bad.append("weights became infinite or NaN")
         if bad:
             kept = f"; the checkpoint of epoch {self._saved} is kept in '{self.output}'" if self._saved else ""
@@ -1156,6 +1156,9 @@ class Run:
         shown += "".join(f"  {name} {value:g}" for name, value in self.yardsticks.items())
         self.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {row['images_per_second']:.0f} images/s")
 
+    def _finite(self):
+        return all(values.isfinite().all() for values in self._trained[0].state_dict().values())
+
     def _save(self, epoch, position=None):
         model, optimizer, _ = self._trained
         try:
@@ -1166,9 +1169,9 @@ class Run:
 
     def _stop(self):
         """Saves the run within its epoch and ends it. Several processes notice a signal at different steps, so they
-        end with what the last epoch left."""
+        end with what the last checkpoint holds; so does a run whose weights are broken."""
         self._bar.close()
-        if self.processes == 1:
+        if self.processes == 1 and self._finite():
             self._save(self.epoch - 1, {
                 "batches": self._done, "seen": self._seen, "seconds": self._spent + time.perf_counter() - self._start,
                 "sums": [(list(names), values.cpu(), images) for names, (values, images) in self._sums.items()],
