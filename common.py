@@ -6,6 +6,7 @@ Nothing here knows a method. Copy this file beside any one script and that scrip
 
 import argparse
 import contextlib
+import datetime
 import errno
 import hashlib
 import itertools
@@ -410,18 +411,21 @@ def join_processes(device):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend, bound = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=6), **bound)  # downloads may take long
     return device
 
 
 @contextlib.contextmanager
 def first_process_first():
-    """What downloads or writes caches is done by one process; the others come after it and find them."""
+    """What downloads or writes caches is done by one process, then by one of each other node, then by the rest, who
+    find it done."""
     rank, count = processes()
-    if count > 1 and rank > 0:
+    turn = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn if count > 1 else 0):
         dist.barrier()
     yield
-    if count > 1 and rank == 0:
+    for _ in range(2 - turn if count > 1 else 0):
         dist.barrier()
 
 
@@ -887,7 +891,8 @@ class Run:
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(images)} training images: "
                             f"give at most --batch-size {len(images)}", exit_code=2)
         mean, std = (given["mean"], given["std"]) if pretrained else image_statistics(args.dataset, images)
-        self.config = {**vars(args), "images": len(images), "mean": list(mean), "std": list(std)}
+        self.config = {**vars(args), "images": len(images), "processes": self.processes,
+                       "mean": list(mean), "std": list(std)}
         self._check_settings()
         self._place(images)
         self.scale, self.shift = normalization(mean, std, self.device)
@@ -1013,11 +1018,17 @@ class Run:
                 for _ in range(finished if schedule is not None else 0):
                     schedule.step()
             self.say(f"going on from '{self.output}', epoch {finished}" + (" and a part" if position else ""))
+        if len(gather(torch.tensor([finished], device=self.device)).unique()) > 1:
+            raise UserError(f"the processes find different checkpoints in '{self.output}': give an --output in a "
+                            "folder that all of them share")
         self.left, self._saved = None, finished
         if self.rank == 0 and self.args.resume:
             lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
-            if len(lines) > finished:
-                write_atomically(self.log, lambda file: file.write("".join(lines[:finished]).encode()))
+            try:
+                if len(lines) > finished:
+                    write_atomically(self.log, lambda file: file.write("".join(lines[:finished]).encode()))
+            except OSError as error:
+                raise UserError(f"cannot write '{self.log}' ({error}); what was there before is kept") from error
             for remains in self.output.parent.glob(f"{self.output.name}.*.tmp"):  # of a process that was killed
                 remains.unlink(missing_ok=True)
         return finished + 1, position
@@ -1034,11 +1045,16 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self):
-        """SIGINT and SIGTERM end the run after the step that is being made; a second one ends it at once."""
+        """SIGINT and SIGTERM end the run after the step that is being made; one more, a second later or more (some
+        terminals and launchers send each twice), ends it at once."""
+        first = []
+
         def note(number, frame):
-            if self.stopped_by is not None:
+            if self.stopped_by is None:
+                self.stopped_by = number
+                first.append(time.monotonic())
+            elif time.monotonic() - first[0] > 1:
                 raise KeyboardInterrupt
-            self.stopped_by = number
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -1056,6 +1072,9 @@ class Run:
         its share of every batch, all equally many and a multiple of `together`; what cannot be shared is left out.
         """
         n, device = len(self.images), self.device
+        if self.args.batch_size % (self.processes * together) and self.processes > 1:
+            raise UserError(f"--batch-size {self.args.batch_size} cannot be shared by {self.processes} processes in "
+                            f"pairs: give a multiple of {self.processes * together}", exit_code=2)
         order = torch.randperm(n, generator=self.generator, device=device)
         drawn = [sampler(n, self.size, self.generator) for sampler in samplers]
         shares = []
@@ -1092,7 +1111,8 @@ class Run:
             with torch.cuda.stream(self.copy_stream):
                 return rows.to(self.device, non_blocking=True), self.copy_stream.record_event()
 
-        with ThreadPoolExecutor(1) as thread:
+        on_device = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if cuda else {}
+        with ThreadPoolExecutor(1, **on_device) as thread:
             left, coming = iter(shares), deque()
             while True:
                 coming.extend(thread.submit(fetch, share) for share in itertools.islice(left, 2 - len(coming)))
@@ -1173,7 +1193,8 @@ class Run:
         self._bar.close()
         if self.processes == 1 and self._finite():
             self._save(self.epoch - 1, {
-                "batches": self._done, "seen": self._seen, "seconds": self._spent + time.perf_counter() - self._start,
+                "device": self.device.type, "batches": self._done, "seen": self._seen,
+                "seconds": self._spent + time.perf_counter() - self._start,
                 "sums": [(list(names), values.cpu(), images) for names, (values, images) in self._sums.items()],
                 "noise": [torch.get_rng_state(),
                           torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None],
@@ -1188,11 +1209,16 @@ class Run:
         """Back to where `_stop` left the epoch; the batches that are left."""
         at, self._position = self._position, None
         try:
+            if at["device"] != self.device.type:
+                raise UserError(f"'{self.output}' was left within an epoch on {at['device']}, which draws other random "
+                                f"numbers than {self.device.type}: go on there, with --device")
             self._done, self._seen, self._spent = int(at["batches"]), int(at["seen"]), float(at["seconds"])
             self._sums = {tuple(names): (values.to(self.device), int(images)) for names, values, images in at["sums"]}
             torch.set_rng_state(at["noise"][0])
             if self.device.type == "cuda" and at["noise"][1] is not None:
                 torch.cuda.set_rng_state(at["noise"][1], self.device)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"where '{self.output}' was left within its epoch cannot be read from it: train it "
                             "again") from error

@@ -180,8 +180,10 @@ def vote_of_nearest(train, labels, queries, neighbours, pairs=KNN_PAIRS):
     many distances are held at once."""
     classes = int(labels.max()) + 1
     last_to_first = torch.arange(classes - 1, -1, -1, device=train.device)
+    middle = train.mean(0)  # taken off, or float32 would lose small distances far from the origin
+    train = train - middle
     norms, predicted = train.square().sum(1), []
-    for part in queries.split(max(1, pairs // len(train))):
+    for part in (queries - middle).split(max(1, pairs // len(train))):
         distances = torch.addmm(norms, part, train.T, alpha=-2)  # squared, less what is the same for all neighbours
         nearest = labels[distances.topk(neighbours, largest=False).indices]
         votes = nn.functional.one_hot(nearest, classes).sum(1)

@@ -195,7 +195,7 @@ def test_a_cell_that_was_left_out_is_empty_in_both_tables(tmp_path, capsys):
 def test_neighbours_on_the_device_vote_as_scikit_learns_do(neighbours, classes):
     """Even numbers of neighbours and few classes make many tied votes; chunks of 3 queries."""
     generator = torch.Generator().manual_seed(0)
-    train, queries = torch.randn(300, 6, generator=generator), torch.randn(200, 6, generator=generator)
+    train, queries = (100 + torch.randn(n, 6, generator=generator) for n in (300, 200))  # far from the origin
     labels = torch.randint(0, classes, (300,), generator=generator)
     expected = KNeighborsClassifier(neighbours, algorithm="brute").fit(train.numpy(), labels.numpy())
     found = probe.vote_of_nearest(train, labels, queries, neighbours, pairs=900)

@@ -202,7 +202,12 @@ def break_groups(checkpoint):
 
 
 def break_noise(checkpoint):
-    checkpoint["position"] = {"batches": 1, "seen": 32, "seconds": 0.1, "sums": [], "noise": [torch.zeros(7), None]}
+    checkpoint["position"] = {"device": "cpu", "batches": 1, "seen": 32, "seconds": 0.1, "sums": [],
+                              "noise": [torch.zeros(7), None]}
+
+
+def elsewhere(checkpoint):
+    checkpoint["position"] = {"device": "cuda"}
 
 
 def break_position(checkpoint):
@@ -211,7 +216,7 @@ def break_position(checkpoint):
 
 @pytest.mark.parametrize("harm, says", [
     (break_optimizer, "does not fit it"), (break_groups, "does not fit it"), (break_noise, "within its epoch"),
-    (break_position, "within its epoch")])
+    (break_position, "within its epoch"), (elsewhere, "was left within an epoch on cuda")])
 def test_a_state_that_does_not_fit_is_not_resumed(harm, says, whole, forks):
     folder, _ = whole
     checkpoint = torch.load(folder / "avt.ckpt")
@@ -321,10 +326,12 @@ def test_torchrun(whole):
     assert result.stdout.count("epoch 1/1") == 1
 
 
-@pytest.mark.parametrize("flags, says", [(["--batch-size", "33"], "cannot be shared by 2 processes"),
-                                         (["--batch-size", "2"], "is too small")])
-def test_batches_that_two_processes_cannot_share(flags, says, forks, tmp_path):
-    codes, _, errors = run_together(forks, "avt.py", *FEW, *flags, "--output", "no.ckpt", cwd=tmp_path)
+@pytest.mark.parametrize("script, flags, says", [
+    ("avt.py", ["--batch-size", "33"], "cannot be shared by 2 processes"),
+    ("avt.py", ["--batch-size", "2"], "is too small"),
+    ("stl.py", ["--encoder", "nin", "--batch-size", "30"], "in pairs: give a multiple of 4")])
+def test_batches_that_two_processes_cannot_share(script, flags, says, forks, tmp_path):
+    codes, _, errors = run_together(forks, script, *FEW, *flags, "--output", "no.ckpt", cwd=tmp_path)
     assert codes == [2, 2] and all(says in error for error in errors)
 
 
