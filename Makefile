@@ -33,8 +33,9 @@ $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
 	@$(BIN)/python -c 'import torch, minter_warp; print("built:", minter_warp.build_info())'
 	@touch $@
 
+# In two processes of one thread each, a file of tests at a time.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py
