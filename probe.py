@@ -790,7 +790,7 @@ def probe_equivariance(args):
         "prediction: from the features of x and t(x) and their products, without which the two cannot be compared "
         "(--json has it without them too), or of t(x) alone; R² of 1 is perfect, of 0 the training mean",
         "MRR, H@1, H@5: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
-        "same image; by a ridge regression on f(x), t and their products, or by a map of the method's own",
+        "same image; by a ridge regression on f(x), t and their products, or (its ...) by the method's own map",
         "moved: mean |f(t(x)) - f(x)|² over mean |f(x) - f(x')|²; 0 is invariant",
         f"last lines: half the widest 95 % interval of the column, of {BOOTSTRAP:,} bootstrap samples of the test "
         "images; it says nothing of training seeds",
@@ -800,7 +800,7 @@ def probe_equivariance(args):
 
 def column(row):
     """The heading under which a row's value stands; None for what only --json tells."""
-    if row.get("map", "ridge") != "ridge" or (row["measure"] == "squared error" and row["target"] != "t"):
+    if row["measure"] == "squared error" and row["target"] != "t":
         return None
     if row.get("from") == "x and t(x), no products":
         return None
@@ -812,39 +812,35 @@ def column(row):
     return row["measure"]
 
 
+def line_of(row):
+    """The line of a row, (name, features); retrieval by a map of the method's own has one to itself."""
+    name, features = row["label"]
+    return (name if row.get("map", "ridge") == "ridge" else f"{name}: its {row['map']}"), features
+
+
 def make_equivariance_tables(rows):
-    """For each family of transformations, and for the maps of the methods' own: a title, headings, and a line of cells,
-    {heading: text}, for each (name, features)."""
+    """For each family of transformations: a title, headings, and a line of cells, {heading: text}, for each (name,
+    features)."""
     per_image = rows[0]["per_image"]
     chance = {"t error": CONSTANT_PREDICTOR_ERROR, "rotation": 0.25, "H@1": 1 / per_image, "H@5": 5 / per_image,
               "MRR": sum(1 / rank for rank in range(1, per_image + 1)) / per_image}
     explained = 1 - ROTATION_PREDICTOR_ERROR / CONSTANT_PREDICTOR_ERROR
     known = {"t error": ROTATION_PREDICTOR_ERROR, "t R²": explained, "rotation": 1.0}
 
-    def table(title, found, yardsticks):
+    for family in dict.fromkeys(row["transformations"] for row in rows):
+        found = [(line_of(row), column(row), row) for row in rows if row["transformations"] == family and column(row)]
         headings = list(dict.fromkeys(heading for _, heading, _ in found))
         lines, widest = {}, dict.fromkeys(headings, 0.0)
         for label, heading, row in found:
-            lines.setdefault(label, {})[heading] = f"{row['value']:.3f}"
+            lines.setdefault(label, {})[heading] = f"{round(row['value'], 3) + 0.0:.3f}"  # never -0.000
             widest[heading] = max(widest[heading], (row["high"] - row["low"]) / 2)
+        nothing = {**{heading: 0.0 for heading in headings if heading.endswith("R²")}, **chance}
+        yardsticks = {"knowing nothing": nothing, **({"knowing the rotation": known} if family == "projective" else {})}
         for name, values in yardsticks.items():
             lines[name, ""] = {heading: f"{values[base]:.3f}" for heading in headings
                                if (base := heading.removesuffix(", t(x) alone")) in values}
         lines["95 % interval, at most ±", ""] = {heading: f"{value:.3f}" for heading, value in widest.items()}
-        return title, headings, lines
-
-    for family in dict.fromkeys(row["transformations"] for row in rows):
-        of_family = [row for row in rows if row["transformations"] == family]
-        found = [(row["label"], column(row), row) for row in of_family if column(row)]
-        nothing = {**{heading: 0.0 for _, heading, _ in found if heading.endswith("R²")}, **chance}
-        yardsticks = {"knowing nothing": nothing}
-        if family == "projective":
-            yardsticks["knowing the rotation alone"] = known
-        yield table(f"{family} transformations", found, yardsticks)
-        own = [((f"{row['label'][0]}: {row['map']}", row["label"][1]), row["measure"], row) for row in of_family
-               if row.get("map", "ridge") != "ridge"]
-        if own:
-            yield table(f"{family} transformations, retrieval by a map of the method's own", own, {"chance": chance})
+        yield f"{family} transformations", headings, lines
 
 
 def print_equivariance(rows, notes):

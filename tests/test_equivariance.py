@@ -423,7 +423,8 @@ def test_the_command_measures_every_row(measured):
                 and row["features"] == "mu"]
     assert blind["value"] == pytest.approx(sum(1 / rank for rank in range(1, 13)) / 12, abs=1e-9)
     assert blind["low"] == pytest.approx(blind["high"]) and len(blind["ranks"]) == 12
-    for shown in ("knowing the rotation alone", "chance", "95 % interval, at most", "crop transformations"):
+    for shown in ("knowing the rotation", "its hypernetwork, projected", "its decoder, which never sees t",
+                  "95 % interval, at most", "crop transformations"):
         assert shown in printed
 
 
@@ -432,7 +433,7 @@ def test_the_page_is_filled_between_its_marks(measured):
     page = (folder / "page.md").read_text()
     assert page.startswith("# Before\n\n<!-- measured -->\n") and page.endswith("<!-- /measured -->\n\nAfter.\n")
     assert "\nold\n" not in page and "| crop position R² |" in page
-    (table,) = [part for part in page.split("**") if "| knowing the rotation alone |" in part]
+    (table,) = [part for part in page.split("**") if "| knowing the rotation |" in part]
     heading = table.strip().splitlines()[0].split(" | ")
     (line,) = [line for line in table.splitlines() if line.startswith("| vte_ba (ba.ckpt) | mu |")]
     cells = dict(zip(heading, line.split(" | "), strict=True))
