@@ -299,7 +299,7 @@ def load_stl(path):
 
 def nt_xent(a, b, temperature=0.2):
     """Normalised, temperature-scaled cross-entropy (SimCLR's): a_i and b_i are to find each other among all other rows
-    of both. a, b: (N, D). Mean over the 2N rows."""
+    of both, and of all processes. a, b: (N, D). Mean over the 2N rows."""
     z = F.normalize(torch.cat([a, b]).float(), dim=1)
     own = own_rows(len(z), z.device)
     scores = z @ gather(z).T / temperature

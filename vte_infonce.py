@@ -206,7 +206,8 @@ class VTEInfoNCE(nn.Module):
 
 def vte_infonce_loss(scores, z, logvar):
     """- log softmax of each row at its diagonal element, mean over the batch (VTE eq. 19, 20). scores: (N, N), row i
-    for z_i; z, logvar: (N, 512). Returns the loss and metrics, all scalars, in nats."""
+    for z_i; z, logvar: (N, 512). Of several processes each has its own rows, over the z_hat of all: (N, K N), the
+    diagonal where `gather` puts its own. Returns the loss and metrics, all scalars, in nats."""
     loss = F.cross_entropy(scores, own_rows(len(scores), scores.device))
     ceiling = torch.full_like(loss, math.log(scores.shape[1]))
     metrics = {"bound": ceiling - loss, "ceiling": ceiling, "logvar": logvar.mean(), "z_std": z.std(0).mean()}
