@@ -76,26 +76,26 @@ def assert_same_run(one, other):
     assert rows_of(one.with_suffix(".jsonl")) == rows_of(other.with_suffix(".jsonl"))
 
 
-killed = []
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(name, whole, forks):
+    """Three kills of each of the five scripts. A run that ends before its kill is begun anew, and given less time."""
     folder, seconds = whole
-    moments = random.Random(f"{name} moments")
-    for _ in range(3):
-        pid = forks.start(*SCRIPTS[name], *FEW, "--output", f"killed-{name}.ckpt", "--resume", cwd=folder)
-        time.sleep(moments.uniform(0.1, 0.7) * seconds[name])
+    command = [*SCRIPTS[name], *FEW, "--output", f"killed-{name}.ckpt", "--resume"]
+    moments, longest, kills = random.Random(f"{name} moments"), 0.7 * seconds[name], 0
+    while kills < 3:
+        pid = forks.start(*command, cwd=folder)
+        time.sleep(moments.uniform(0.1, 1) * longest)
         os.kill(pid, signal.SIGKILL)
-        killed.append(forks.wait(pid) == -signal.SIGKILL)
-    result = forks.run(*SCRIPTS[name], *FEW, "--output", f"killed-{name}.ckpt", "--resume", cwd=folder)
+        if forks.wait(pid) == -signal.SIGKILL:
+            kills += 1
+        else:
+            longest *= 0.7
+            for path in folder.glob(f"killed-{name}.*"):
+                path.unlink()
+    result = forks.run(*command, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert_same_run(folder / f"{name}.ckpt", folder / f"killed-{name}.ckpt")
     assert not list(folder.glob("*.tmp"))
-
-
-def test_these_were_ten_kills_at_least():
-    assert sum(killed) >= 10 or len(killed) < 15  # the latter where only some of the tests are run
 
 
 WRAPPER = """
