@@ -973,6 +973,9 @@ class Run:
         rate and writes the checkpoint."""
         self._trained = getattr(model, "module", model), optimizer, schedule
         first, position = self._go_on()
+        if first > self.args.epochs and position:
+            raise UserError(f"'{self.output}' was left within epoch {first}: give --epochs {first} or more",
+                            exit_code=2)
         if first > self.args.epochs:
             self.say(f"'{self.output}' has all of its {self.args.epochs} epochs already")
         self._check_space()

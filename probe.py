@@ -194,15 +194,14 @@ def vote_of_nearest(train, labels, queries, neighbours, pairs=KNN_PAIRS):
 def knn_predictions(representation, index, labels, passes, device):
     """scikit-learn's on the CPU; on a GPU the same, there."""
     train, neighbours = representation.draw("train")[index], min(NEIGHBOURS, len(index))
-    model = KNeighborsClassifier(neighbours, algorithm="brute", n_jobs=-1)
-    model.fit(train.numpy(), labels.numpy())
-    train, labels = train.to(device), labels.to(device)
-    for _ in range(passes):
-        test = representation.draw("test")
-        if device.type == "cpu":
-            yield model.predict(test.numpy())
-        else:
-            yield vote_of_nearest(train, labels, test.to(device), neighbours).cpu().numpy()
+    if device.type == "cpu":
+        model = KNeighborsClassifier(neighbours, algorithm="brute", n_jobs=-1).fit(train.numpy(), labels.numpy())
+        for _ in range(passes):
+            yield model.predict(representation.draw("test").numpy())
+    else:
+        train, labels = train.to(device), labels.to(device)
+        for _ in range(passes):
+            yield vote_of_nearest(train, labels, representation.draw("test").to(device), neighbours).cpu().numpy()
 
 
 def logistic_predictions(representation, index, labels, passes, seed):

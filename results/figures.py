@@ -323,52 +323,43 @@ def parse_args():
     parser = Parser(description="Pictures of the data and of training runs.",
                     epilog="example:\n  python results/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png")
     pictures = parser.add_subparsers(required=True, metavar="PICTURE")
-    transformations = pictures.add_parser("transformations", help="images, and the same transformed")
-    add = transformations.add_argument
+
+    def picture(name, draw, help):
+        """A subcommand; returns its add_argument."""
+        subcommand = pictures.add_parser(name, help=help)
+        subcommand.set_defaults(draw=draw)
+        subcommand.add_argument("--output", type=file_path, default=f"{name}.png", help="default: %(default)s")
+        return subcommand.add_argument
+
+    def drawn_from_data(add, of):
+        add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
+        add("--seed", type=seed, default=0, help=f"of {of}")
+
+    add = picture("transformations", draw_transformations, "images, and the same transformed")
     add("--dataset", type=file_path, default="digits", help="digits, cifar10, stl10 or a folder")
-    add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
     add("--image-size", type=positive(int, MAX_IMAGE_SIZE), default=32, help="side in pixels")
     add("--columns", type=positive(int), default=10, help="how many images")
-    add("--seed", type=seed, default=0, help="of the transformations")
-    add("--output", type=file_path, default="transformations.png", help="default: %(default)s")
-    transformations.set_defaults(draw=draw_transformations)
-    curves = pictures.add_parser("curves", help="training curves of one or more logs, side by side")
-    curves.add_argument("logs", nargs="+", type=file_path, metavar="LOG", help="the .jsonl beside a checkpoint")
-    curves.add_argument("--output", type=file_path, default="curves.png", help="default: %(default)s")
-    curves.set_defaults(draw=draw_curves)
-    codes = pictures.add_parser("codes", help="t-SNE of STL's transformation codes, by kind and by strength")
-    add = codes.add_argument
+    drawn_from_data(add, "the transformations")
+    add = picture("curves", draw_curves, "training curves of one or more logs, side by side")
+    add("logs", nargs="+", type=file_path, metavar="LOG", help="the .jsonl beside a checkpoint")
+    add = picture("codes", draw_codes, "t-SNE of STL's transformation codes, by kind and by strength")
     add("checkpoint", type=file_path, metavar="CKPT", help="of stl.py; its own data set's test images are used")
     add("--pairs", type=positive(int), default=400, help="of each kind of transformation")
-    add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
-    add("--seed", type=seed, default=0, help="of images, transformations and t-SNE")
-    add("--output", type=file_path, default="codes.png", help="default: %(default)s")
-    codes.set_defaults(draw=draw_codes)
-    decoded = pictures.add_parser("decoded", help="transformations as PT and AVT decode them, drawn over images")
-    add = decoded.add_argument
+    drawn_from_data(add, "images, transformations and t-SNE")
+    add = picture("decoded", draw_decoded, "transformations as PT and AVT decode them, drawn over images")
     add("checkpoints", nargs="+", type=file_path, metavar="CKPT", help="of predictive_transform.py or avt.py")
     add("--dataset", type=file_path, help="other data than the first checkpoint's, whose test images are used")
     add("--columns", type=positive(int), default=7, help="how many images (default: %(default)s)")
-    add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
-    add("--seed", type=seed, default=0, help="of images and transformations")
-    add("--output", type=file_path, default="decoded.png", help="default: %(default)s")
-    decoded.set_defaults(draw=draw_decoded)
-    ranks = pictures.add_parser("ranks", help="histograms of ranks in retrieval")
-    add = ranks.add_argument
+    drawn_from_data(add, "images and transformations")
+    add = picture("ranks", draw_ranks, "histograms of ranks in retrieval")
     add("rows", type=file_path, metavar="JSON", help="what probe.py --equivariance --json wrote")
     add("--transformations", choices=["projective", "crop", "colour", "crop+colour"], default="projective",
         help="which of those it holds (default: %(default)s)")
-    add("--output", type=file_path, default="ranks.png", help="default: %(default)s")
-    ranks.set_defaults(draw=draw_ranks)
-    features = pictures.add_parser("features", help="t-SNE of features, by class and by rotation")
-    add = features.add_argument
+    add = picture("features", draw_features, "t-SNE of features, by class and by rotation")
     add("checkpoints", nargs="+", type=file_path, metavar="CKPT", help="two, say: a line of pictures for each")
     add("--dataset", type=file_path, help="other data than each checkpoint's own, whose test images are used")
     add("--images", type=positive(int), default=1000, help="how many (default: %(default)s)")
-    add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
-    add("--seed", type=seed, default=0, help="of images, transformations and t-SNE")
-    add("--output", type=file_path, default="features.png", help="default: %(default)s")
-    features.set_defaults(draw=draw_features)
+    drawn_from_data(add, "images, transformations and t-SNE")
     return parser.parse_args()
 
 

@@ -88,6 +88,8 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(name
         os.kill(pid, signal.SIGKILL)
         if forks.wait(pid) == -signal.SIGKILL:
             kills += 1
+            log = folder / f"killed-{name}.jsonl"
+            assert not log.exists() or len(rows_of(log)) <= 4  # whole lines, whenever it is read
         else:
             longest *= 0.7
             for path in folder.glob(f"killed-{name}.*"):
@@ -163,6 +165,8 @@ def test_a_signal_saves_the_epoch_and_says_how_to_go_on(name, steps, number, who
     assert left["epoch"] == (steps - 1) // 7 and left["position"]["batches"] == (steps - 1) % 7 + 1
     (line,) = [line for line in result.stderr.splitlines() if "to go on: python " in line]
     said = shlex.split(line.split("to go on: python ")[1])
+    if left["epoch"]:  # a part of an epoch cannot be dropped
+        assert forks.run(*said, "--epochs", left["epoch"], cwd=folder).returncode == 2
     result = forks.run(*said, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "and a part" in result.stdout
