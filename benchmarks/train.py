@@ -39,6 +39,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from warp import processor
+
 import common
 from common import Parser, UserError, choose_device, choose_precision, file_path, positive, run_command
 
@@ -488,12 +491,9 @@ def main():
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"cannot write '{args.output}': there is no such folder", exit_code=2)
     record = {"command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]), "device": args.device,
-              "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+              "processor": processor(), "cores": os.cpu_count(),
               "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
               "load_average_before": os.getloadavg()[0]}
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        record["processor"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     if args.device == "cuda":
         record["gpu"] = torch.cuda.get_device_name()
     result = {**record, **KINDS[args.what](args)}
