@@ -860,18 +860,22 @@ def print_equivariance(rows, notes):
 
 
 def write_equivariance_markdown(rows, notes, path):
-    """A page is to be read at a glance, so rows with z sampled are left to the terminal and --json."""
+    """A page is to be read at a glance: rows with z sampled are left to the terminal and --json, and all tables but the
+    first and the notes are folded."""
     if any(row["features"] == "sample" for row in rows):
         rows = [row for row in rows if row["features"] != "sample"]
         notes = [*notes, "with z sampled: in what --json writes"]
+    def folded(summary, lines):
+        return [f"<details><summary>{summary}</summary>", "", *lines, "", "</details>", ""]
+
     text = []
     for title, headings, lines in make_equivariance_tables(rows):
-        text += [f"**{title[0].upper()}{title[1:]}**", "", "| | features | " + " | ".join(headings) + " |",
-                 "|---|---|" + "---|" * len(headings)]
-        text += [f"| {name} | {features} | " + " | ".join(cells.get(heading, "") for heading in headings) + " |"
-                 for (name, features), cells in lines.items()]
-        text.append("")
-    write_page(path, "\n".join([*text, *(f"- {note}" for note in notes), ""]))
+        table = ["| | features | " + " | ".join(headings) + " |", "|---|---|" + "---|" * len(headings)]
+        table += [f"| {name} | {features} | " + " | ".join(cells.get(heading, "") for heading in headings) + " |"
+                  for (name, features), cells in lines.items()]
+        title = title[0].upper() + title[1:]
+        text += folded(title, table) if text else [f"**{title}**", "", *table, ""]
+    write_page(path, "\n".join([*text, *folded("how it was measured", [f"- {note}" for note in notes])]))
 
 
 LABEL_DEFAULTS = {"classifiers": ["mlp", "knn", "logistic"], "mean_per_class": False,
