@@ -2,8 +2,8 @@
 literal forms, chance, the bootstrap, the methods' own maps, and the command."""
 
 import json
-import re
 import math
+import re
 
 import numpy as np
 import pytest
