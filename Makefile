@@ -5,6 +5,9 @@
 # make bench   the warp against what else there is, on the CPU; installs those libraries too
 # make bench-train  where the time of a training step goes, on the CPU
 # make bench-gpu  on a GPU: tests, sanitizer, resources of the kernels, benchmarks of the warp and of training
+# make reproduce  on a GPU: VTE's Tables 1-4 with three seeds, into RESULTS.md; DATA=DIR for CIFAR-10 in files
+# make reproduce-small  the same at a small scale, on two CPU cores in about 75 minutes
+# make reproduce-stl  on a GPU: STL, SimCLR and STL with AugMix; reproduce-stl-small on a CPU
 # make lint    ruff
 # make setup   .venv with all that is needed and the compiled warp; done once
 # make clean   removes what the others made
@@ -15,7 +18,8 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: demo test fuzz sanitize bench bench-train bench-gpu lint setup clean
+.PHONY: demo test fuzz sanitize bench bench-train bench-gpu reproduce reproduce-small reproduce-stl \
+    reproduce-stl-small lint setup clean
 
 setup: $(VENV)/.built
 
@@ -76,6 +80,25 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/train.py scale --device cuda --steps 200 --output results/train-scale-$(GPU).json
 	$(BIN)/python benchmarks/train.py precision --device cuda --epochs 20 --output results/train-precision-$(GPU).json
 	$(BIN)/python benchmarks/train.py probe --device cuda --output results/probe-times-$(GPU).json
+
+# Stopped and called again, these go on. STUDY passes flags on: make reproduce STUDY="--seeds 0 --minutes 9"
+DATA ?= cifar10
+STUDY ?=
+reproduce: setup
+	$(BIN)/python results/reproduce.py vte --dataset $(DATA) $(STUDY)
+	$(BIN)/python results/figures.py errors results/cifar10.json --output results/cifar10-errors.png
+	$(BIN)/python results/reproduce.py vte --dataset stl10 $(STUDY)
+
+reproduce-small: setup
+	$(BIN)/python results/reproduce.py vte --scale small --dataset $(DATA) $(STUDY)
+	$(BIN)/python results/figures.py errors results/cifar10-small.json --output results/cifar10-small-errors.png
+
+reproduce-stl: setup
+	$(BIN)/python results/reproduce.py stl --dataset $(DATA) $(STUDY)
+	$(BIN)/python results/reproduce.py stl --dataset stl10 $(STUDY)
+
+reproduce-stl-small: setup
+	$(BIN)/python results/reproduce.py stl --scale small --dataset $(DATA) $(STUDY)
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -19,6 +19,7 @@ much of the transformation the features hold, whether they move with it in a way
 What the papers do not state and this script chose is printed with the table and defined by the constants below.
 """
 
+import copy
 import json
 import os
 import re
@@ -56,6 +57,7 @@ from common import (
     reparameterize,
     run_command,
     sample_corners,
+    sample_crops,
     seed,
     transformation_target,
     warp_batch,
@@ -72,14 +74,17 @@ CALIBRATION_IMAGES, ENCODE_BATCH = 2048, 500
 RIDGE_PENALTIES = [10.0**power for power in range(-3, 4)]  # times the kernel's mean diagonal
 RIDGE_VALIDATION = 0.2  # of the training images, to choose the penalty on
 BOOTSTRAP = 1000
-NAMES = {"mlp": "MLP", "knn": "k-NN", "logistic": "logistic regression", "linear": "linear, L2 weight chosen"}
+NAMES = {"mlp": "MLP", "knn": "k-NN", "logistic": "logistic regression", "linear": "linear, L2 weight chosen",
+         "finetuned": "MLP, encoder trained too"}
 
 
 class Representation:
-    """One row of the table: features of training and test images, mu (N, D) and log-variance (N, D) or None."""
+    """One row of the table: features of training and test images, mu (N, D) and log-variance (N, D) or None; features
+    says which: sample, mu, trunk, or None where there is no choice."""
 
-    def __init__(self, checkpoint, method, features, train, test):
+    def __init__(self, checkpoint, method, features, train, test, network=None):
         self.checkpoint, self.method, self.features = checkpoint, method, features
+        self.network = network  # (encoder, its config, training images, test images)
         self.mu, self.logvar = {"train": train[0], "test": test[0]}, {"train": train[1], "test": test[1]}
         self.sampled = features == "sample"
         if not all(bool(self.draw(split).isfinite().all()) for split in ("train", "test")):
@@ -91,7 +96,7 @@ class Representation:
 
     def label(self):
         name = f"{self.method} ({self.checkpoint})" if self.checkpoint else self.method
-        return name, {"sample": "z sampled", "mu": "mu", None: ""}[self.features]
+        return name, {"sample": "z sampled", "mu": "mu", "trunk": "before mu", None: ""}[self.features]
 
 
 @torch.no_grad()
@@ -153,12 +158,16 @@ def standardizer(features):
     return lambda values: (values - mean) / std
 
 
+def mlp(width, classes):
+    """Three layers, 2048-2048-classes: the paper's."""
+    return nn.Sequential(nn.Linear(width, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, classes))
+
+
 def mlp_predictions(representation, index, labels, classes, passes, device, dtype):
-    """Three layers, 2048-2048-classes (the paper's); sampled features are drawn anew in each epoch."""
+    """Sampled features are drawn anew in each epoch."""
     scaled = standardizer(representation.draw("train")[index])
-    width = representation.mu["train"].shape[1]
-    model = nn.Sequential(nn.Linear(width, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, classes))
-    model, labels = model.to(device), labels.to(device)
+    model = mlp(representation.mu["train"].shape[1], classes).to(device)
+    labels = labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=MLP_LR)
     for _ in tqdm(range(MLP_EPOCHS), desc=f"MLP, {len(index):,} labels", leave=False, disable=None):
         features = scaled(representation.draw("train")[index]).to(device)
@@ -172,6 +181,36 @@ def mlp_predictions(representation, index, labels, classes, passes, device, dtyp
     for _ in range(passes):
         with torch.no_grad():
             yield model(scaled(representation.draw("test")).to(device)).argmax(1).cpu().numpy()
+
+
+def finetuned_predictions(representation, index, labels, classes, device, dtype):
+    """What frozen features are to be told from: a copy of the encoder, from where the checkpoint left it, and an MLP on
+    its mu, trained together on the same images, cropped and flipped as in pretraining."""
+    encoder, config, images, test_images = representation.network
+    images, test_images, labels = images[index].to(device), test_images.to(device), labels.to(device)
+    size, (scale, shift) = images.shape[-1], normalization(config["mean"], config["std"], device)
+    encoder = copy.deepcopy(encoder).to(device, memory_format=torch.channels_last)
+    head = mlp(representation.mu["train"].shape[1], classes).to(device)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=MLP_LR)
+
+    def logits(batch, training):
+        encoder.train(training)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = encoder(batch)
+            return head(output[0] if isinstance(output, tuple) else output).float()
+
+    for _ in tqdm(range(MLP_EPOCHS), desc=f"with the encoder, {len(index):,} labels", leave=False, disable=None):
+        crops = sample_crops(len(index), size).to(device)
+        for chosen in torch.randperm(len(index)).to(device).split(MLP_BATCH):
+            batch = warp_batch(images, chosen, crops[chosen], None, scale, shift, dtype)
+            loss = nn.functional.cross_entropy(logits(batch, len(chosen) > 1), labels[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        parts = torch.arange(len(test_images), device=device).split(ENCODE_BATCH)
+        yield torch.cat([logits(warp_batch(test_images, part, scale=scale, shift=shift, dtype=dtype), False).argmax(1)
+                         for part in parts]).cpu().numpy()
 
 
 def vote_of_nearest(train, labels, queries, neighbours, pairs=KNN_PAIRS):
@@ -263,6 +302,8 @@ def errors_of(classifier, representation, index, train_labels, test_labels, pass
     fit_and_predict = None
     if classifier == "mlp":
         predictions = list(mlp_predictions(representation, index, labels, classes, passes, device, dtype))
+    elif classifier == "finetuned":
+        predictions = list(finetuned_predictions(representation, index, labels, classes, device, dtype))
     elif classifier == "knn":
         predictions = list(knn_predictions(representation, index, labels, passes, device))
     elif classifier == "linear":
@@ -304,6 +345,16 @@ def load_checkpoints(paths, dataset):
     return checkpoints, dataset or checkpoints[0][1]["config"]["dataset"]
 
 
+def architectures(checkpoints):
+    """{encoder: a config that has it}, with a log-variance if one has: then its rows are of both kinds at once."""
+    found = {}
+    for checkpoint in checkpoints:
+        config = checkpoint["config"]
+        if config["encoder"] not in found or config.get("probabilistic", True):
+            found[config["encoder"]] = config
+    return found
+
+
 def choose_subsets(labels, sizes, seed, dataset):
     """{size: indices} for the sizes that the labels can give, and a note on each that they cannot."""
     subsets = {size: balanced_subset(labels, size, seed) for size in sorted(set(sizes), reverse=True)}
@@ -332,35 +383,43 @@ def probe(args):
     subsets = dict(zip(subsets, positions.split([len(subset) for subset in subsets.values()]), strict=True))
 
     def represent(name, method, encoder, config):
-        train, test = (encode(encoder, split, config["mean"], config["std"], device, dtype)
-                       for split in (images, test_images))
-        kinds = [None] if train[1] is None else ["sample", "mu"]
-        return [Representation(name, method, kind, train, test) for kind in kinds]
+        def encoded(part):
+            return [encode(part, split, config["mean"], config["std"], device, dtype)
+                    for split in (images, test_images)]
 
-    representations, untrained = [], {}
-    for name, checkpoint, encoder in checkpoints:
-        config = checkpoint["config"]
-        representations += represent(name, checkpoint["method"], encoder, config)
-        if config["encoder"] not in untrained or config.get("probabilistic", True):  # the rows of both kinds at once
-            untrained[config["encoder"]] = config
-    for kind, config in untrained.items():
-        encoder = random_encoder(images, config, args.seed, device, dtype)
-        representations += represent(None, f"random encoder ({kind})", encoder, config)
-    pixels = [(split.flatten(1).float() / 255, None) for split in (images, test_images)]
-    representations.append(Representation(None, "raw pixels", None, *pixels))
+        splits = encoded(encoder)
+        kinds = [None] if splits[0][1] is None else [kind for kind in ("sample", "mu") if kind in args.features]
+        network = encoder, config, images, test_images
+        found = [Representation(name, method, kind, *splits, network) for kind in kinds]
+        if "trunk" in args.features and hasattr(encoder, "mu"):  # a ResNet's features are its trunk's
+            found.append(Representation(name, method, "trunk", *encoded(encoder.trunk)))
+        return found
+
+    representations = []
+    if args.rows != "baselines":
+        for name, checkpoint, encoder in checkpoints:
+            representations += represent(name, checkpoint["method"], encoder, checkpoint["config"])
+    if args.rows != "checkpoints":
+        for kind, config in architectures(checkpoint for _, checkpoint, _ in checkpoints).items():
+            encoder = random_encoder(images, config, args.seed, device, dtype)
+            representations += represent(None, f"random encoder ({kind})", encoder, config)
+        pixels = [(split.flatten(1).float() / 255, None) for split in (images, test_images)]
+        representations.append(Representation(None, "raw pixels", None, *pixels))
 
     rows = []
-    work = [(c, r, size) for c in args.classifiers for r in representations for size in subsets]
+    work = [(c, r, size) for c in args.classifiers for r in representations for size in subsets
+            if c != "finetuned" or (r.network and not r.sampled)]  # one row an encoder
     without_linear = {size: "one of each class leaves none to choose the L2 weight on" for size in subsets
                       if size == len(class_names)}
     too_large = [size for size in subsets if size * images[0].numel() > LINEAR_PIXELS]
     work = [(c, r, size) for c, r, size in work if c != "linear" or not (
-        size in without_linear or (size in too_large and r is representations[-1]))]
+        size in without_linear or (size in too_large and r.method == "raw pixels"))]
     if "linear" in args.classifiers:
         notes += [f"linear, {size:,} labels: left out, {why}" for size, why in without_linear.items()]
         notes += [f"linear, {size:,} labels: raw pixels left out, whose fits would take long" for size in too_large]
     if not work:
-        raise UserError(f"nothing is left to evaluate: {notes[-1]}; give larger --train-sizes", exit_code=2)
+        why = f"{notes[-1]}; give larger --train-sizes" if notes else "finetuned takes mu, which --features leaves out"
+        raise UserError(f"nothing is left to evaluate: {why}", exit_code=2)
     errors_of_all = run_ahead((errors_of(classifier, representation, subsets[size], labels, test_labels, args.passes,
                                          args.seed, device, dtype, args.mean_per_class)
                                for classifier, representation, size in work), workers=os.cpu_count())
@@ -387,6 +446,8 @@ def make_tables(rows):
         "mlp": f"2048-2048-classes, Adam {MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, standardised features",
         "knn": f"K = {NEIGHBOURS}, uniform weights, Euclidean distance, unscaled features",
         "logistic": f"SAG, {LOGISTIC_ITERATIONS} iterations, L2 with C = {LOGISTIC_C:g}, standardised features",
+        "finetuned": f"no frozen features: the encoder, from where the checkpoint left it, and the MLP on its mu, Adam "
+                     f"{MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, crops and flips",
         "linear": f"L-BFGS, {LINEAR_ITERATIONS} iterations, unscaled features, L2 weight of {len(LINEAR_WEIGHTS)} from "
                   f"{LINEAR_WEIGHTS[-1]:g} to {LINEAR_WEIGHTS[0]:g} chosen on {LINEAR_VALIDATION:.0%} of the labels, "
                   "refit on all",
@@ -426,17 +487,19 @@ def write_markdown(rows, notes, path):
     write_page(path, "\n".join([*text, *(f"- {note}" for note in notes), ""]))
 
 
-MARKS = "<!-- measured -->\n", "<!-- /measured -->\n"
+def between_marks(page, text, name="measured"):
+    """The page with `text` in place of what stands between the lines <!-- name --> and <!-- /name -->; None without."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    if begin not in page or end not in page.split(begin, 1)[1]:
+        return None
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
 def write_page(path, text):
-    """Writes a file; of a page that holds both MARKS, only what is between them is replaced."""
+    """Writes a file; of a page with marks, only what is between them is replaced."""
     page = Path(path).read_text() if Path(path).is_file() else ""
-    begin, end = MARKS
-    if begin in page and end in page.split(begin, 1)[1]:
-        before, rest = page.split(begin, 1)
-        text = f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
-    Path(path).write_text(text)
+    Path(path).write_text(between_marks(page, text) or text)
 
 
 def write_json(rows, path):
@@ -770,14 +833,14 @@ def probe_equivariance(args):
         if not members:
             continue
         setting = Setting(family, len(images), len(test_images), pairs, per_image, size, args.seed)
-        untrained = {}
-        for name, checkpoint, encoder in tqdm(members, desc=family, leave=False, disable=None):
+        for name, checkpoint, encoder in tqdm(members if args.rows != "baselines" else [], desc=family, leave=False,
+                                              disable=None):
             load = next((load for begin, load in OWN_MAPS.items() if checkpoint["method"].startswith(begin)), None)
             own, config = load(checkpoint, paths[name]) if load else (), checkpoint["config"]
             rows += measured(setting, name, checkpoint["method"], encoder, config, *own)
-            if config["encoder"] not in untrained or config.get("probabilistic", True):  # rows of both kinds at once
-                untrained[config["encoder"]] = config
-        for kind, config in untrained.items():
+        if args.rows == "checkpoints":
+            continue
+        for kind, config in architectures(checkpoint for _, checkpoint, _ in members).items():
             encoder = random_encoder(images, config, args.seed, device, dtype)
             rows += measured(setting, None, f"random encoder ({kind})", encoder, config)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(size, 32)), nn.Flatten())
@@ -879,7 +942,7 @@ def write_equivariance_markdown(rows, notes, path):
 
 
 LABEL_DEFAULTS = {"classifiers": ["mlp", "knn", "logistic"], "mean_per_class": False,
-                  "train_sizes": [50000, 5000, 500], "passes": 5}
+                  "train_sizes": [50000, 5000, 500], "features": ["sample", "mu"], "passes": 5}
 EQUIVARIANCE_DEFAULTS = {"transformations": None, "images": 300, "per_image": 60, "pairs": 4000}
 
 
@@ -900,14 +963,19 @@ def parse_args():
     add("--json", type=file_path, metavar="FILE", help="also write the rows, as a list of objects")
     add("--markdown", type=file_path, metavar="FILE",
         help="also write the tables, as Markdown; in a page with the lines "
-        f"{MARKS[0].strip()} and {MARKS[1].strip()}, between these")
+        "<!-- measured --> and <!-- /measured -->, between these")
+    add("--rows", choices=["all", "checkpoints", "baselines"], default="all",
+        help="baselines: the random encoder and raw pixels alone, for studies that make them once")
     add = parser.add_argument_group("on labels").add_argument
     add("--classifiers", nargs="+", choices=list(NAMES),
-        help="default: VTE's three, mlp knn logistic; linear is STL's, 46 fits")
+        help="default: VTE's three, mlp knn logistic; linear is STL's, 46 fits; finetuned trains the encoder too, for "
+             "comparison")
     add("--mean-per-class", action="store_true", default=None,
         help="error as the mean over classes, for test sets out of balance")
     add("--train-sizes", nargs="+", type=positive(int), metavar="N",
         help="labelled images to train on; fewer is faster (default: 50000 5000 500)")
+    add("--features", nargs="+", choices=["sample", "mu", "trunk"],
+        help="of encoders with mu and sigma: z sampled, mu, or what both are computed from (default: sample mu)")
     add("--passes", type=positive(int), help="times z is sampled for the test images (default: 5)")
     add = parser.add_argument_group("equivariance").add_argument
     add("--equivariance", action="store_true", help="measure equivariance, in place of labels")

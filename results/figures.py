@@ -6,6 +6,7 @@
     python results/figures.py decoded pt.ckpt avt.ckpt --output decoded.png
     python results/figures.py ranks equivariance.json --output ranks.png
     python results/figures.py features pt.ckpt vte_ba.ckpt --output features.png
+    python results/figures.py errors results/cifar10-small.json --output errors.png
 """
 
 import json
@@ -319,6 +320,45 @@ def draw_features(args):
     save(figure, args.output)
 
 
+def draw_errors(args):
+    """Error against the number of labels, of all methods of a study (results/reproduce.py): one panel for each
+    classifier and kind of features, bars of one standard deviation over seeds, the paper's numbers dashed."""
+    from tables import BASELINES, FEATURES, METHODS, NAMES, PUBLISHED, collect, data_of, family_of, read_results
+
+    results = read_results(Path(args.results))
+    family, (errors, _) = family_of(results["study"]), collect(results)
+    published = PUBLISHED.get(data_of(results["study"]), {})
+    if not errors:
+        raise UserError(f"'{args.results}' holds no errors on labels yet")
+    methods = {method: title for method, (title, *_) in METHODS[family].items()} | {name: name for name in BASELINES}
+    colours = {method: "grey" if method in BASELINES else plt.cm.tab10(number) for number, method in enumerate(methods)}
+    classifiers = list(dict.fromkeys(classifier for _, _, classifier, _ in errors))
+    kinds = [kind for kind in FEATURES if any(key[1] == kind and key[0] not in BASELINES[1:] for key in errors)]
+    figure, axes = plt.subplots(len(kinds), len(classifiers), figsize=(4 * len(classifiers), 0.8 + 3.2 * len(kinds)),
+                                squeeze=False, sharex=True, sharey=True, layout="constrained")
+    for line, kind in zip(axes, kinds, strict=True):
+        for axis, classifier in zip(line, classifiers, strict=True):
+            for method, title in methods.items():
+                of_pixels = method == "raw pixels"
+                points = {size: measured for (name, features, by, size), measured in sorted(errors.items(), key=str)
+                          if name == method and by == classifier and (features == kind or of_pixels)}
+                sizes = sorted(points)
+                values = [list(points[size].of_seed.values()) for size in sizes]
+                axis.errorbar(sizes, [np.mean(value) for value in values], [np.std(value) for value in values],
+                              color=colours[method], marker="x" if of_pixels else ".", capsize=2,
+                              label=title.replace("*", ""))
+                theirs = published.get(classifier, {}).get(method, {}) if kind in ("sample", None) else {}
+                axis.plot(sorted(theirs), [theirs[size] for size in sorted(theirs)], "--", color=colours[method],
+                          marker=".", markersize=4, alpha=0.7)
+            axis.set(xscale="log", title=f"{NAMES[classifier]}{', ' if kind else ''}{FEATURES[kind]}")
+            axis.grid(alpha=0.3)
+    axes[0, 0].plot([], [], "k--", label="the paper's")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.supylabel("error")
+    figure.supxlabel("training labels")
+    save(figure, args.output)
+
+
 def parse_args():
     parser = Parser(description="Pictures of the data and of training runs.",
                     epilog="example:\n  python results/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png")
@@ -360,6 +400,8 @@ def parse_args():
     add("--dataset", type=file_path, help="other data than each checkpoint's own, whose test images are used")
     add("--images", type=positive(int), default=1000, help="how many (default: %(default)s)")
     drawn_from_data(add, "images, transformations and t-SNE")
+    add = picture("errors", draw_errors, "error against the number of labels, ours and the paper's")
+    add("results", type=file_path, metavar="JSON", help="what results/reproduce.py wrote")
     return parser.parse_args()
 
 

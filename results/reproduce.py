@@ -5,10 +5,10 @@
     python results/reproduce.py stl                          # STL and its SimCLR base on STL-10
     python results/reproduce.py vte --scale small            # two CPU cores, about an hour
 
-A study is made of parts: a training, or an evaluation of what one left. Each runs as the command that a user would type,
-kept with its result. Stopped in whatever way, the same command goes on: finished parts are not made again, and a training
-goes on where it last saved. All of a study is in its folder under --runs; to go on elsewhere, copy that folder (of what is
-unfinished the checkpoints are needed, of the rest results.json alone).
+A study is made of parts: a training, or an evaluation of what one left. Each runs as the command that a user would
+type, kept with its result. Stopped in whatever way, the same command goes on: finished parts are not made again, and a
+training goes on where it last saved. All of a study is in its folder under --runs; to go on elsewhere, copy that folder
+(of what is unfinished the checkpoints are needed, of the rest results.json alone).
 
 In the end, and whenever it is stopped, results/<study>.json and the tables of RESULTS.md and README.md are written
 (results/tables.py), unless they hold more than is at hand.
@@ -30,9 +30,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "results")]
-from tables import METHODS, write_pages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tables import METHODS, read_results, write_pages, write_results
 from warp import processor
 
 from common import (
@@ -46,15 +47,16 @@ from common import (
     run_command,
     save_atomically,
     seed,
-    write_atomically,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+NOT_FINISHED = 75  # exit code where --minutes ended it: EX_TEMPFAIL of sysexits.h, try again
 AT_ONCE_ON_A_GPU = 6  # one of these models leaves most of a large GPU idle
 PUBLISHED_STUDIES = {"vte": ("cifar10", "stl10"), "stl": ("stl10", "cifar10")}
 
-# How much is done. "predictors" are the trainings that predict t and that nothing precedes; "phase_two" those that follow.
-# full is the papers': nothing is said, the scripts' defaults count.
+# How much is done. predictors: the trainings that predict t; phase_two: those that follow one. full says nothing: the
+# scripts' defaults are the papers' values.
 SCALES = {
     "full": {"predictors": [], "phase_two": [], "stl": [], "save_every": 20, "seeds": [0, 1, 2], "labels": [],
              "equivariance": [], "stl_labels": []},
@@ -121,13 +123,14 @@ def parts_of(args, scale, folder):
     def evaluate(name, checkpoint, rows, number):
         for kind, flags in (("labels", label_flags), ("equivariance", ["--equivariance", *scale["equivariance"]])):
             output = checkpoint.parent / f"{name}-{kind}.json"
-            parts.append(Part(f"{number}/{name} {kind}", ["probe.py", *flags, "--rows", rows, "--seed", str(number)],
-                              [str(checkpoint), *where, "--json", str(output)], [f"{number}/{checkpoint.stem}"], output))
+            settings = ["probe.py", *flags, "--rows", rows, "--seed", str(number)]
+            parts.append(Part(f"{number}/{name} {kind}", settings, [str(checkpoint), *where, "--json", str(output)],
+                              [f"{number}/{checkpoint.stem}"], output))
 
     for number in args.seeds:
         checkpoints = folder / f"seed{number}"
         first = None
-        for name, (_, script, flags, before) in METHODS[args.family].items():
+        for name, (_, script, flags, before) in args.methods.items():
             checkpoint = checkpoints / f"{name}.ckpt"
             of_scale = scale["stl" if args.family == "stl" else "phase_two" if before else "predictors"]
             paths = ["--output", str(checkpoint), "--resume", "--save-every", str(scale["save_every"])]
@@ -135,7 +138,7 @@ def parts_of(args, scale, folder):
             parts.append(Part(f"{number}/{name}", [script, *flags, *of_scale, "--seed", str(number)], [*where, *paths],
                               [f"{number}/{before}"] if before else [], checkpoint))
             first = first or checkpoint
-        for name in METHODS[args.family]:
+        for name in args.methods:
             evaluate(name, checkpoints / f"{name}.ckpt", "checkpoints", number)
         evaluate("baselines", first, "baselines", number)
     return parts
@@ -194,25 +197,6 @@ def finish(part, seconds):
                                 for name, value in row.items() if name not in constant} for row in rows]}
 
 
-def write_results(results, path):
-    """One line a part."""
-    head = json.dumps({name: value for name, value in results.items() if name != "parts"}, indent=1)[:-2]
-    parts = ",\n".join(f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in results["parts"].items())
-    text = f'{head},\n "parts": {{\n{parts}\n }}\n}}\n'
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def read_results(path):
-    try:
-        results = json.loads(path.read_text())
-        if not all(isinstance(results[name], kind) for name, kind in (("study", str), ("title", str), ("scale", str),
-                                                                    ("sessions", list), ("parts", dict))):
-            raise ValueError("it is another kind of file")
-        return results
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' does not hold the results of a study ({error})") from error
-
-
 class Study:
     """Runs parts, several at once, each in a process of its own."""
 
@@ -254,8 +238,8 @@ class Study:
         elif self.stopped is None:
             said = part.output.with_suffix(".out" if part.trains else ".log")
             self.failed[part.name] = (said.read_text().strip().splitlines() or ["it said nothing"])[-1]
-            self.say(f"FAILED: {part.name} (exit code {process.returncode}): {self.failed[part.name]}\n  all it said is "
-                     f"in {said}; the command: {shlex.join(['python', *part.command])}")
+            self.say(f"FAILED: {part.name} (exit code {process.returncode}): {self.failed[part.name]}\n"
+                     f"  more in {said}; the command: {shlex.join(['python', *part.command])}")
 
     def save(self):
         self.results["sessions"][-1]["seconds"] = round(time.monotonic() - self.start, 1)
@@ -293,22 +277,31 @@ class Study:
 
 def parse_args():
     parser = Parser(description="Make the papers' studies again, part by part; the same command goes on after a stop.",
-                    epilog="example:\n  python results/reproduce.py vte --scale tiny --dataset digits --runs /tmp/study")
+                    epilog="example:\n  python results/reproduce.py vte --scale tiny --dataset digits")
     add = parser.add_argument
     add("family", choices=list(METHODS), help="vte: AVT, predictive transformation and VTE; stl: STL and SimCLR")
     add("--scale", choices=list(SCALES), default="full",
         help="full: the papers'; small: two CPU cores, about an hour; tiny: to see it work, minutes")
-    add("--dataset", type=file_path, help="cifar10, stl10, digits (with --scale tiny), or a folder that holds CIFAR-10 as "
-        "files (default: cifar10; for stl, stl10)")
+    add("--dataset", type=file_path, help="cifar10, stl10, digits (with --scale tiny), or a folder that holds CIFAR-10 "
+        "as files (default: cifar10; for stl, stl10)")
     add("--data-dir", type=file_path, default="data", help="where data is downloaded to (default: %(default)s)")
+    add("--methods", nargs="+", metavar="NAME", help="some only: "
+        + "; ".join(f"of {family} {' '.join(methods)}" for family, methods in METHODS.items()))
     add("--seeds", nargs="+", type=seed, metavar="N", help="training seeds (default: 0 1 2, of small and tiny 0 1)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--jobs", type=positive(int), help=f"parts at once (default: {AT_ONCE_ON_A_GPU} on a GPU, 1 on a CPU)")
-    add("--minutes", type=positive(float), help="stop after so long, saved; the same command goes on")
+    add("--minutes", type=positive(float),
+        help=f"stop after so long, saved, with exit code {NOT_FINISHED}; the same command goes on")
     add("--runs", type=file_path, default="runs/reproduce", help="checkpoints, logs, results (default: %(default)s)")
     add("--pages", type=file_path, default=str(ROOT), metavar="DIR",
         help="where results/, RESULTS.md and README.md are to be brought up to date (default: here)")
     args = parser.parse_args()
+    known = METHODS[args.family]
+    unknown = [name for name in args.methods or [] if name not in known]
+    if unknown:
+        parser.error(f"--methods {unknown[0]}: {args.family} has {', '.join(known)}")
+    chosen = {*(args.methods or known)} | {known[name][3] for name in args.methods or []}  # and what they build on
+    args.methods = {name: method for name, method in known.items() if name in chosen}
     if args.dataset is None:
         args.dataset = PUBLISHED_STUDIES[args.family][0] if args.scale == "full" else "cifar10"
     if args.dataset == "digits" and args.scale != "tiny":
@@ -346,16 +339,18 @@ def main():
     if removed:
         print(f"to be made again, as their checkpoint is not there any more: {', '.join(removed)}")
     study = Study(args, parts, results, path, lock)
+    if args.scale == "full" and device.type == "cpu":
+        print("there is no GPU: this will take weeks; --scale small is made for a CPU", file=sys.stderr)
     study.say(f"{name}: {title}, {len(args.seeds)} seeds, {args.jobs} at once, in {folder}")
     study.run()
-    write_pages(results, Path(args.pages))
+    write_pages(Path(args.pages), results)
     left = [part.name for part in parts if part.name not in results["parts"]]
     if study.failed:
-        raise UserError(f"{len(left)} of {len(parts)} parts are missing, {len(study.failed)} of them failed (see above); "
-                        "the same command tries them again")
+        raise UserError(f"{len(left)} of {len(parts)} parts are missing, {len(study.failed)} of them failed (see "
+                        "above); the same command tries them again")
     if left:
         print(f"stopped with {len(left)} of {len(parts)} parts left; the same command goes on")
-        sys.exit(0 if study.stopped == "time" else 128 + study.stopped)
+        sys.exit(NOT_FINISHED if study.stopped == "time" else 128 + study.stopped)
 
 
 if __name__ == "__main__":
