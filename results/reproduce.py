@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tables import METHODS, read_results, write_pages, write_results
+from tables import METHODS, STUDIES, read_results, write_pages, write_results
 from warp import processor
 
 from common import (
@@ -189,8 +189,10 @@ def finish(part, seconds):
         save_atomically({name: value for name, value in checkpoint.items() if name != "optimizer"}, part.output)
         rows = [json.loads(line) for line in part.output.with_suffix(".jsonl").read_text().splitlines()]
         seconds = sum(row["seconds"] for row in rows)  # of all its attempts
+        names = rows[0].keys() - {"epoch", "seconds", "constant_predictor", "rotation_only", "ceiling"}
         return {**record, "seconds": round(seconds, 1), "checkpoint": digest(part.output), "epochs": rows[-1]["epoch"],
-                "images": checkpoint["config"]["images"], "last_epoch": rows[-1]}
+                "images": checkpoint["config"]["images"],
+                "log": {name: [float(f"{row[name]:.5g}") for row in rows] for name in sorted(names)}}
     constant = ("checkpoint", "dataset", "seed", "mean_per_class", "ranks", "test_images", "per_image", "pairs")
     rows = json.loads(part.output.read_text())
     return {**record, "rows": [{name: round(value, 5) if isinstance(value, float) else value
@@ -309,6 +311,22 @@ def parse_args():
     return args
 
 
+def locked(folder):
+    """A file that is held while this process or one that it started lives, so that no two write to one folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as error:
+        raise UserError(f"cannot write to '{folder}' ({error.strerror}): give another --runs") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise UserError(f"this study, or a part of it, is running already in '{folder}': wait for it, or stop it, or "
+                        "give another --runs") from error
+    return lock
+
+
 def main():
     args = parse_args()
     title, scale = title_of(args.dataset), SCALES[args.scale]
@@ -318,32 +336,26 @@ def main():
     device = choose_device(args.device)
     args.jobs = args.jobs or (AT_ONCE_ON_A_GPU if device.type == "cuda" else 1)
     folder = Path(args.runs) / name
-    path = folder / "results.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
-    except OSError as error:
-        raise UserError(f"cannot write to '{folder}' ({error.strerror}): give another --runs") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"this study, or a part of it, is running already in '{folder}': wait for it, or stop it, or "
-                        "give another --runs") from error
-    results = {"study": name, "title": title, "scale": args.scale, "sessions": [], "parts": {}}
-    if path.exists():
-        results = read_results(path)
-        if results["title"] != title:
-            raise UserError(f"'{path}' holds a study on {results['title']}, not on {title}: give another --runs")
-    parts = parts_of(args, scale, folder)
-    removed = settle(parts, results)
-    if removed:
-        print(f"to be made again, as their checkpoint is not there any more: {', '.join(removed)}")
-    study = Study(args, parts, results, path, lock)
-    if args.scale == "full" and device.type == "cpu":
-        print("there is no GPU: this will take weeks; --scale small is made for a CPU", file=sys.stderr)
-    study.say(f"{name}: {title}, {len(args.seeds)} seeds, {args.jobs} at once, in {folder}")
-    study.run()
-    write_pages(Path(args.pages), results)
+    with locked(folder) as lock:
+        path = folder / "results.json"
+        results = {"study": name, "title": title, "scale": args.scale, "sessions": [], "parts": {}}
+        if path.exists():
+            results = read_results(path)
+            if results["title"] != title:
+                raise UserError(f"'{path}' holds a study on {results['title']}, not on {title}: give another --runs")
+        if name in STUDIES:
+            write_pages(Path(args.pages))  # before hours of work, not after: they can be written
+        parts = parts_of(args, scale, folder)
+        removed = settle(parts, results)
+        if removed:
+            print(f"to be made again, as their checkpoint is not there any more: {', '.join(removed)}")
+        if args.scale == "full" and device.type == "cpu":
+            print("there is no GPU: this will take weeks; --scale small is made for a CPU", file=sys.stderr)
+        study = Study(args, parts, results, path, lock)
+        study.say(f"{name}: {title}, {len(args.seeds)} seeds, {args.jobs} at once, in {folder}")
+        study.run()
+        if name in STUDIES:
+            write_pages(Path(args.pages), results)
     left = [part.name for part in parts if part.name not in results["parts"]]
     if study.failed:
         raise UserError(f"{len(left)} of {len(parts)} parts are missing, {len(study.failed)} of them failed (see "

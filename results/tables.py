@@ -206,14 +206,14 @@ def trainings_table(study, results):
              "logvar": "mean log-variance", "z_std": "std of z"}
     records = {method: [record for part, record in results["parts"].items() if part.partition("/")[2] == method]
                for method in METHODS[family]}
-    logged = {name for found in records.values() for record in found for name in record["last_epoch"]}
+    logged = {name for found in records.values() for record in found for name in record["log"]}
     names = [name for name in shown if name in logged]
     for method, found in records.items():
         if found:
             cells = [name_of(family, method), f"{found[0]['epochs']} x {found[0]['images']:,}",
                      f"{statistics.mean(record['seconds'] for record in found) / 60:.1f}"]
             for name in names:
-                values = [record["last_epoch"][name] for record in found if name in record["last_epoch"]]
+                values = [record["log"][name][-1] for record in found if name in record["log"]]
                 cells.append(f"{statistics.mean(values):.3f}" if values else "")
             rows.append(cells)
     return table(["", "epochs x images", "minutes a seed", *(shown[name] for name in names)], rows) if rows else []
@@ -313,7 +313,7 @@ def write_results(results, path):
 def write_pages(root, results=None):
     """Puts results, of one study, into root/results unless more of it is there; then brings the pages up to date."""
     folder = root / "results"
-    if results is not None and results["study"] in STUDIES:
+    if results is not None:
         path = folder / f"{results['study']}.json"
         there = len(read_results(path)["parts"]) if path.exists() else 0
         if there > len(results["parts"]):
@@ -325,7 +325,10 @@ def write_pages(root, results=None):
     sections = {"RESULTS.md": {name: study_section(name, found) for name, found in studies.items()},
                 "README.md": {"main table": readme_section(studies)}}
     for name, texts in sections.items():
-        page = before = (root / name).read_text()
+        try:
+            page = before = (root / name).read_text()
+        except OSError as error:
+            raise UserError(f"cannot read '{root / name}', where the tables are to stand ({error.strerror})") from error
         for mark, text in texts.items():
             page = between_marks(page, text, mark)
             if page is None:
