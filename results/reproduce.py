@@ -287,8 +287,8 @@ def parse_args():
     add("--dataset", type=file_path, help="cifar10, stl10, digits (with --scale tiny), or a folder that holds CIFAR-10 "
         "as files (default: cifar10; for stl, stl10)")
     add("--data-dir", type=file_path, default="data", help="where data is downloaded to (default: %(default)s)")
-    add("--methods", nargs="+", metavar="NAME", help="some only: "
-        + "; ".join(f"of {family} {' '.join(methods)}" for family, methods in METHODS.items()))
+    add("--methods", nargs="+", choices=[name for methods in METHODS.values() for name in methods],
+        help="some only, and what they build on; the first six are of vte (default: all)")
     add("--seeds", nargs="+", type=seed, metavar="N", help="training seeds (default: 0 1 2, of small and tiny 0 1)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--jobs", type=positive(int), help=f"parts at once (default: {AT_ONCE_ON_A_GPU} on a GPU, 1 on a CPU)")
@@ -301,7 +301,7 @@ def parse_args():
     known = METHODS[args.family]
     unknown = [name for name in args.methods or [] if name not in known]
     if unknown:
-        parser.error(f"--methods {unknown[0]}: {args.family} has {', '.join(known)}")
+        parser.error(f"--methods {unknown[0]} is none of {args.family}, which has {', '.join(known)}")
     chosen = {*(args.methods or known)} | {known[name][3] for name in args.methods or []}  # and what they build on
     args.methods = {name: method for name, method in known.items() if name in chosen}
     if args.dataset is None:

@@ -290,13 +290,25 @@ def readme_section(studies):
     return "\n".join([*table(["error", "features", *headings], rows), *text, ""])
 
 
+def holds(values, **kinds):
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            raise ValueError(f"its {name} is not what was written")
+
+
 def read_results(path):
     """What `write_results` wrote. Raises UserError."""
-    kinds = {"study": str, "title": str, "scale": str, "sessions": list, "parts": dict}
     try:
         results = json.loads(path.read_text())
-        if not all(isinstance(results[name], kind) for name, kind in kinds.items()):
-            raise ValueError("it is a file of another kind")
+        holds(results, study=str, title=str, scale=str, sessions=list, parts=dict)
+        for session in results["sessions"]:
+            holds(session, machine=dict, jobs=int, seconds=(int, float))
+        for record in results["parts"].values():
+            holds(record, settings=list, command=str, seconds=(int, float))
+            if "rows" in record:
+                holds(record, rows=list)
+            else:
+                holds(record, checkpoint=str, epochs=int, images=int, log=dict)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' does not hold the results of a study ({error})") from error
     return results

@@ -212,3 +212,30 @@ def test_fits_side_by_side_come_in_order_and_few_ahead():
 
     for i, result in enumerate(probe.run_ahead(functions(), workers=2)):
         assert result == i and len(started) <= i + 3
+
+
+def colours(n, seed=0):
+    """Images (n, 3, 32, 32) uint8 whose class, one of 3, is the channel that is brightest."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    images = torch.randint(0, 128, (n, 3, 32, 32), generator=generator)
+    images[torch.arange(n), labels] += 64
+    return images.to(torch.uint8), labels
+
+
+def test_finetuning_learns_and_leaves_the_encoder_alone(monkeypatch):
+    monkeypatch.setattr(probe, "MLP_EPOCHS", 4)
+    monkeypatch.setattr(probe, "MLP_BATCH", 16)
+    torch.manual_seed(0)
+    (images, labels), (test_images, test_labels) = colours(96), colours(60, seed=1)
+    encoder, config = NIN(), {"mean": [0.4] * 3, "std": [0.2] * 3}
+    with torch.no_grad():
+        for parameter in encoder.mu.parameters():  # frozen, these features are of no use
+            parameter.zero_()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    network = encoder, config, images, test_images
+    representation = Representation("a", "pt", "mu", *([(torch.zeros(n, 512), None) for n in (96, 60)]), network)
+    (error,) = run("finetuned", representation, labels, test_labels)
+    (frozen,) = run("mlp", representation, labels, test_labels)
+    assert error < 0.1 and frozen > 0.6
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())

@@ -107,6 +107,12 @@ def test_each_part_is_made_once_and_after_what_it_needs(study):
     assert study.run() == []  # nothing is left to do
 
 
+def test_a_method_of_the_other_family_is_refused(study, capsys):
+    with pytest.raises(SystemExit) as left:
+        study.run(methods=["stl"])
+    assert left.value.code == 2 and "--methods stl is none of vte" in capsys.readouterr().err
+
+
 def test_settings_are_those_of_the_scale(study):
     small = reproduce.SCALES["small"]
     calls = study.run(seeds=[0])
@@ -216,12 +222,21 @@ def test_what_the_data_is_called(tmp_path):
         reproduce.title_of(str(tmp_path))
 
 
-def test_a_broken_results_file_is_named_and_left_alone(study):
-    study.results.parent.mkdir(parents=True)
-    study.results.write_text('{"study": "cifar10-small", "parts": {')
-    with pytest.raises(UserError, match="results.json' does not hold the results of a study"):
+WHOLE = {"study": "cifar10-small", "title": "CIFAR-10", "scale": "small", "sessions": [], "parts": {}}
+
+
+@pytest.mark.parametrize("text", [
+    '{"study": "cifar10-small", "parts": {', "[]", "{}", json.dumps({**WHOLE, "parts": []}),
+    json.dumps({**WHOLE, "parts": {"0/pt": {"settings": [], "command": "", "seconds": 1}}}),
+    json.dumps({**WHOLE, "sessions": [{"machine": None}]}),
+])
+@pytest.mark.parametrize("where", ["runs/cifar10-small/results.json", "results/cifar10-small.json"])
+def test_a_broken_results_file_is_named_and_left_alone(study, where, text):
+    Path(where).parent.mkdir(parents=True, exist_ok=True)
+    Path(where).write_text(text)
+    with pytest.raises(UserError, match=f"'{where}' does not hold the results of a study"):
         study.run()
-    assert study.results.read_text() == '{"study": "cifar10-small", "parts": {'
+    assert Path(where).read_text() == text
 
 
 def test_pages(study):

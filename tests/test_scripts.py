@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from forks import shared_forks
+from sklearn.neighbors import KNeighborsClassifier
 from test_common import make_folder, write_checkpoint
 
 import stl
 import vte_infonce
+from common import load_checkpoint, load_encoder, load_images, normalization, warp_batch
+from probe import balanced_subset
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ["--dataset", "digits", "--limit", "256", "--epochs", "1", "--batch-size", "64", "--lr", "5e-4"]
@@ -90,6 +93,31 @@ def test_both_phases_and_the_probe(trained):
     assert "python probe.py pt.ckpt ba.ckpt" in results["ba"].stdout
     (row,) = [json.loads(line) for line in (folder / "ba.jsonl").read_text().splitlines()]
     assert {"loss", "explained", "logvar", "epoch"} <= set(row)
+
+
+def test_rows_are_the_same_made_together_or_apart_and_the_trunk_is_what_mu_is_computed_from(trained):
+    folder, _ = trained
+    flags = ["--train-sizes", 60, "--classifiers", "knn", "logistic", "--passes", 2, "--precision", "fp32",
+             "--features", "sample", "mu", "trunk"]
+    made = {}
+    for rows in ("all", "checkpoints", "baselines"):
+        run("probe.py", "ba.ckpt", *flags, "--rows", rows, "--json", f"{rows}.json", cwd=folder)
+        made[rows] = json.loads((folder / f"{rows}.json").read_text())
+    assert sorted(map(str, made["all"])) == sorted(map(str, made["checkpoints"] + made["baselines"]))
+    assert {row["method"] for row in made["baselines"]} == {"random encoder (nin)", "raw pixels"}
+    checkpoint = load_checkpoint(folder / "ba.ckpt")
+    encoder = load_encoder(checkpoint, "ba.ckpt")
+    features = []
+    for split in ("train", "test"):
+        images, labels, _ = load_images("digits", split)
+        chosen = balanced_subset(labels, 60, 0) if split == "train" else torch.arange(len(labels))
+        scale, shift = normalization(checkpoint["config"]["mean"], checkpoint["config"]["std"])
+        with torch.no_grad():
+            features.append((encoder.trunk(warp_batch(images, chosen, scale=scale, shift=shift)), labels[chosen]))
+    (train, train_labels), (test, test_labels) = features
+    predicted = KNeighborsClassifier(5, algorithm="brute").fit(train.numpy(), train_labels).predict(test.numpy())
+    (row,) = [row for row in made["checkpoints"] if row["features"] == "trunk" and row["classifier"] == "knn"]
+    assert row["error_mean"] == pytest.approx((predicted != test_labels.numpy()).mean(), abs=0.003)  # one tie
 
 
 def test_every_other_method_trains_and_is_probed_in_one_table(trained):
