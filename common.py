@@ -913,7 +913,7 @@ class Run:
         left = None
         if self.args.resume and self.output.exists():
             left = load_checkpoint(self.output, self.method)
-            if not isinstance(left.get("optimizer"), dict):
+            if not isinstance(left.get("optimizer"), dict) and left["epoch"] < self.args.epochs:
                 raise UserError(f"'{self.output}' holds no state of its optimiser: it cannot be resumed")
         for path in (self.output, self.log):
             if path.exists() and not self.args.resume:
@@ -1006,8 +1006,8 @@ class Run:
                 raise UserError(f"'{self.output}' was trained with epochs {self.left['config'].get('epochs')}, not "
                                 f"{self.args.epochs}: its learning rate follows from their number", exit_code=2)
             own = [dict(group) for group in optimizer.param_groups]
-            try:
-                optimizer.load_state_dict(self.left["optimizer"])
+            try:  # of a run that has all its epochs it may have been left out
+                optimizer.load_state_dict(self.left.get("optimizer") or optimizer.state_dict())
                 fits = all(value.shape in (parameter.shape, ()) for parameter, state in optimizer.state.items()
                            for value in state.values() if isinstance(value, torch.Tensor))
             except Exception:

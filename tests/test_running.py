@@ -181,6 +181,22 @@ def test_a_finished_run_is_left_alone(whole, forks):
     assert before == ((folder / "avt.ckpt").read_bytes(), (folder / "avt.jsonl").read_bytes())
 
 
+def test_a_finished_run_may_lack_the_state_of_its_optimiser(whole, forks):
+    folder, _ = whole
+    (folder / "slim").mkdir()
+    slim = folder / "slim" / "stl.ckpt"
+    checkpoint = load_checkpoint(folder / "stl.ckpt")
+    torch.save({name: value for name, value in checkpoint.items() if name != "optimizer"}, slim)
+    (folder / "slim" / "stl.jsonl").write_bytes((folder / "stl.jsonl").read_bytes())
+    before, log = slim.read_bytes(), (folder / "slim" / "stl.jsonl").read_text()
+    command = [*SCRIPTS["stl"], *FEW, "--output", slim, "--resume"]
+    result = forks.run(*command, cwd=folder)
+    assert result.returncode == 0 and "has all of its 3 epochs already" in result.stdout
+    assert slim.read_bytes() == before and (folder / "slim" / "stl.jsonl").read_text() == log
+    result = forks.run(*command, "--epochs", "9", cwd=folder)
+    assert result.returncode == 1 and "holds no state of its optimiser" in result.stderr
+
+
 @pytest.mark.parametrize("command, code, says", [
     (["avt.py", "--epochs", "4", *FEW, "--seed", "1", "--output", "avt.ckpt"], 2, "trained with seed 0, not 1"),
     (["avt.py", "--epochs", "4", *FEW, "--limit", "100", "--output", "avt.ckpt"], 2, "trained with limit 200, not 100"),
