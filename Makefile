@@ -5,7 +5,7 @@
 # make bench   the warp against what else there is, on the CPU; installs those libraries too
 # make bench-train  where the time of a training step goes, on the CPU
 # make bench-gpu  on a GPU: tests, sanitizer, resources of the kernels, benchmarks of the warp and of training
-# make reproduce  on a GPU: VTE's Tables 1-4 with three seeds, into RESULTS.md; DATA=DIR for CIFAR-10 in files
+# make reproduce  on a GPU: VTE's Tables 1-4 with three seeds, into RESULTS.md; with DATA=DIR, CIFAR-10 in files, 1-3
 # make reproduce-small  the same at a small scale, on two CPU cores in about 75 minutes
 # make reproduce-stl  on a GPU: STL, SimCLR and STL with AugMix; reproduce-stl-small on a CPU
 # make lint    ruff
@@ -18,8 +18,8 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: demo test fuzz sanitize bench bench-train bench-gpu reproduce reproduce-small reproduce-stl \
-    reproduce-stl-small lint setup clean
+.PHONY: demo test fuzz sanitize bench bench-train bench-gpu reproduce reproduce-cifar10 reproduce-stl10 \
+    reproduce-small reproduce-stl reproduce-stl-small lint setup clean
 
 setup: $(VENV)/.built
 
@@ -84,9 +84,13 @@ bench-gpu: setup
 # Stopped and called again, these go on. STUDY passes flags on: make reproduce STUDY="--seeds 0 --minutes 9"
 DATA ?= cifar10
 STUDY ?=
-reproduce: setup
+reproduce: reproduce-cifar10 $(if $(filter cifar10,$(DATA)),reproduce-stl10)
+
+reproduce-cifar10: setup
 	$(BIN)/python results/reproduce.py vte --dataset $(DATA) $(STUDY)
 	$(BIN)/python results/figures.py errors results/cifar10.json --output results/cifar10-errors.png
+
+reproduce-stl10: setup
 	$(BIN)/python results/reproduce.py vte --dataset stl10 $(STUDY)
 
 reproduce-small: setup
@@ -95,7 +99,7 @@ reproduce-small: setup
 
 reproduce-stl: setup
 	$(BIN)/python results/reproduce.py stl --dataset $(DATA) $(STUDY)
-	$(BIN)/python results/reproduce.py stl --dataset stl10 $(STUDY)
+	$(if $(filter cifar10,$(DATA)),$(BIN)/python results/reproduce.py stl --dataset stl10 $(STUDY))
 
 reproduce-stl-small: setup
 	$(BIN)/python results/reproduce.py stl --scale small --dataset $(DATA) $(STUDY)

@@ -931,7 +931,8 @@ class Run:
         """A resumed run is the run that was left."""
         given = self.left["config"] if self.left else self.config
         for name, value in self.config.items():
-            if name not in UNTIED and given.get(name) != value:
+            moved = name == "dataset" and not {value, given.get(name)} & {"digits", "cifar10", "stl10"}  # a folder
+            if name not in UNTIED and given.get(name) != value and not moved:
                 raise UserError(f"'{self.output}' was trained with {name.replace('_', ' ')} {given.get(name)}, not "
                                 f"{value}: --resume takes the settings it began with", exit_code=2)
 

@@ -422,7 +422,7 @@ def probe(args):
         raise UserError(f"nothing is left to evaluate: {why}", exit_code=2)
     errors_of_all = run_ahead((errors_of(classifier, representation, subsets[size], labels, test_labels, args.passes,
                                          args.seed, device, dtype, args.mean_per_class)
-                               for classifier, representation, size in work), workers=os.cpu_count())
+                               for classifier, representation, size in work), workers=torch.get_num_threads())
     warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are the protocols'
     progress = tqdm(errors_of_all, desc="classifiers", total=len(work), leave=False, disable=None)
     for (classifier, representation, size), errors in zip(work, progress, strict=True):

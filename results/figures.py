@@ -323,7 +323,7 @@ def draw_features(args):
 def draw_errors(args):
     """Error against the number of labels, of all methods of a study (results/reproduce.py): one panel for each
     classifier and kind of features, bars of one standard deviation over seeds, the paper's numbers dashed."""
-    from tables import BASELINES, FEATURES, METHODS, NAMES, PUBLISHED, collect, data_of, family_of, read_results
+    from tables import BASELINES, FEATURES, METHODS, PUBLISHED, TITLES, collect, data_of, family_of, read_results
 
     results = read_results(Path(args.results))
     family, (errors, _) = family_of(results["study"]), collect(results)
@@ -344,13 +344,14 @@ def draw_errors(args):
                           if name == method and by == classifier and (features == kind or of_pixels)}
                 sizes = sorted(points)
                 values = [list(points[size].of_seed.values()) for size in sizes]
-                axis.errorbar(sizes, [np.mean(value) for value in values], [np.std(value) for value in values],
+                deviations = [np.std(value, ddof=1) if len(value) > 1 else 0 for value in values]
+                axis.errorbar(sizes, [np.mean(value) for value in values], deviations,
                               color=colours[method], marker="x" if of_pixels else ".", capsize=2,
                               label=title.replace("*", ""))
                 theirs = published.get(classifier, {}).get(method, {}) if kind in ("sample", None) else {}
                 axis.plot(sorted(theirs), [theirs[size] for size in sorted(theirs)], "--", color=colours[method],
                           marker=".", markersize=4, alpha=0.7)
-            axis.set(xscale="log", title=f"{NAMES[classifier]}{', ' if kind else ''}{FEATURES[kind]}")
+            axis.set(xscale="log", title=f"{TITLES[classifier]}{', ' if kind else ''}{FEATURES[kind]}")
             axis.grid(alpha=0.3)
     axes[0, 0].plot([], [], "k--", label="the paper's")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

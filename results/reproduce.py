@@ -7,11 +7,12 @@
 
 A study is made of parts: a training, or an evaluation of what one left. Each runs as the command that a user would
 type, kept with its result. Stopped in whatever way, the same command goes on: finished parts are not made again, and a
-training goes on where it last saved. All of a study is in its folder under --runs; to go on elsewhere, copy that folder
-(of what is unfinished the checkpoints are needed, of the rest results.json alone).
+training goes on where it last saved. All of a study is in its folder under --runs. To go on elsewhere, copy of that
+folder results.json and, for what it lacks, the checkpoints to build on, with their logs; or give --finished what was
+written to results/.
 
 In the end, and whenever it is stopped, results/<study>.json and the tables of RESULTS.md and README.md are written
-(results/tables.py), unless they hold more than is at hand.
+(results/tables.py), unless they hold what is not at hand.
 """
 
 import fcntl
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,23 +45,26 @@ from common import (
     choose_device,
     file_path,
     load_checkpoint,
+    load_images,
     positive,
     run_command,
     save_atomically,
     seed,
+    visible,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NOT_FINISHED = 75  # exit code where --minutes ended it: EX_TEMPFAIL of sysexits.h, try again
-AT_ONCE_ON_A_GPU = 6  # one of these models leaves most of a large GPU idle
+AT_ONCE_ON_A_GPU = {"vte": 6, "stl": 2}  # one of VTE's small models leaves most of a large GPU idle
+PATIENCE = 60  # seconds that a training has to save itself when it is told to end
 PUBLISHED_STUDIES = {"vte": ("cifar10", "stl10"), "stl": ("stl10", "cifar10")}
 
 # How much is done. predictors: the trainings that predict t; phase_two: those that follow one. full says nothing: the
 # scripts' defaults are the papers' values.
 SCALES = {
     "full": {"predictors": [], "phase_two": [], "stl": [], "save_every": 20, "seeds": [0, 1, 2], "labels": [],
-             "equivariance": [], "stl_labels": []},
+             "equivariance": [], "stl_labels": [], "each_classifier_alone": True},  # SAG takes minutes
     "small": {
         "predictors": ["--limit", "10000", "--epochs", "14", "--batch-size", "64", "--lr", "5e-4"],
         "phase_two": ["--limit", "10000", "--epochs", "8", "--batch-size", "128", "--lr", "5e-4"],
@@ -81,7 +86,7 @@ SCALES = {
 @dataclass
 class Part:
     """One command. settings: what its result depends on; where: folders, device, and what else may change between
-    machines. needs: names of the parts before it. output: the file it writes."""
+    machines. needs: names of the parts before it. output: the file it writes; said: the one that takes what it says."""
 
     name: str
     settings: list
@@ -94,6 +99,10 @@ class Part:
         return self.output.suffix == ".ckpt"
 
     @property
+    def said(self):
+        return self.output.with_suffix(".out" if self.trains else ".log")
+
+    @property
     def command(self):
         return [self.settings[0], *self.where, *self.settings[1:]]
 
@@ -103,56 +112,72 @@ def title_of(dataset):
     if dataset in ("cifar10", "stl10", "digits"):
         return {"cifar10": "CIFAR-10", "stl10": "STL-10", "digits": "scikit-learn's digits"}[dataset]
     folder = Path(dataset) / "train"
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if classes != CIFAR10_CLASSES:
+    classes = [Path(entry.path) for entry in visible(folder) if entry.is_dir()] if folder.is_dir() else []
+    if sorted(path.name for path in classes) != CIFAR10_CLASSES:
         raise UserError(f"'{dataset}' is no copy of CIFAR-10: {folder} is to have the folders "
                         f"{', '.join(CIFAR10_CLASSES)}")
-    suffixes = {path.suffix.lower() for name in classes for path in (folder / name).iterdir()} & IMAGE_SUFFIXES
+    suffixes = {Path(entry.name).suffix.lower() for path in classes for entry in visible(path)} & IMAGE_SUFFIXES
     return "CIFAR-10, JPEG copy" if suffixes <= {".jpg", ".jpeg"} else "CIFAR-10, copied to files"
 
 
 def parts_of(args, scale, folder):
     """All parts of a study in the order in which they are preferred: seed after seed."""
     parts, where = [], ["--dataset", args.dataset, "--data-dir", args.data_dir, "--device", args.device]
-    label_flags = scale["stl_labels" if args.family == "stl" else "labels"]
-    if args.dataset == "stl10" and not label_flags:
-        label_flags = ["--train-sizes", "5000"]
-    if args.family == "stl":
-        label_flags = ["--classifiers", "knn", "linear", *label_flags]
+    stl = args.family == "stl"
+    sizes = scale["stl_labels" if stl else "labels"]
+    if args.dataset == "stl10" and not sizes:
+        sizes = ["--train-sizes", "5000"]
+    classifiers = ["knn", "linear"] if stl else ["mlp", "knn", "logistic"]
+    evaluations = {"labels": (args.dataset, [*(["--classifiers", *classifiers] if stl else []), *sizes])}
+    if scale.get("each_classifier_alone"):
+        evaluations = {f"labels {name}": (args.dataset, ["--classifiers", name, *sizes]) for name in classifiers}
+    if stl and args.dataset == "stl10":  # as published, beside STL-10 itself
+        evaluations["transfer"] = "cifar10", ["--classifiers", "linear", "--train-sizes", "50000"]
+    evaluations["equivariance"] = args.dataset, ["--equivariance", *scale["equivariance"]]
 
     def evaluate(name, checkpoint, rows, number):
-        for kind, flags in (("labels", label_flags), ("equivariance", ["--equivariance", *scale["equivariance"]])):
-            output = checkpoint.parent / f"{name}-{kind}.json"
+        for kind, (dataset, flags) in evaluations.items():
+            output = checkpoint.parent / f"{name}-{kind.replace(' ', '-')}.json"
             settings = ["probe.py", *flags, "--rows", rows, "--seed", str(number)]
-            parts.append(Part(f"{number}/{name} {kind}", settings, [str(checkpoint), *where, "--json", str(output)],
-                              [f"{number}/{checkpoint.stem}"], output))
+            paths = [str(checkpoint), "--dataset", dataset, *where[2:], "--json", str(output)]
+            parts.append(Part(f"{number}/{name} {kind}", settings, paths, [f"{number}/{checkpoint.stem}"], output))
 
     for number in args.seeds:
         checkpoints = folder / f"seed{number}"
-        first = None
         for name, (_, script, flags, before) in args.methods.items():
             checkpoint = checkpoints / f"{name}.ckpt"
-            of_scale = scale["stl" if args.family == "stl" else "phase_two" if before else "predictors"]
+            of_scale = scale["stl" if stl else "phase_two" if before else "predictors"]
             paths = ["--output", str(checkpoint), "--resume", "--save-every", str(scale["save_every"])]
             paths += ["--pretrained", str(checkpoints / f"{before}.ckpt")] if before else []
             parts.append(Part(f"{number}/{name}", [script, *flags, *of_scale, "--seed", str(number)], [*where, *paths],
                               [f"{number}/{before}"] if before else [], checkpoint))
-            first = first or checkpoint
         for name in args.methods:
             evaluate(name, checkpoints / f"{name}.ckpt", "checkpoints", number)
-        evaluate("baselines", first, "baselines", number)
+        like = "pt" if "pt" in args.methods else next(iter(args.methods))  # says which encoder, and no more
+        evaluate("baselines", checkpoints / f"{like}.ckpt", "baselines", number)
     return parts
 
 
-def machine():
+def prepare_data(args):
+    """Downloads, or decodes, once: many processes that do so at the same time would spoil each other's files."""
+    size = 96 if args.family == "stl" and args.dataset == "stl10" else 32
+    for split in ("train+unlabeled" if args.family == "stl" else "unlabeled", "train", "test"):
+        load_images(args.dataset, split, args.data_dir, size)
+    if args.family == "stl" and args.dataset == "stl10":
+        load_images("cifar10", "train", args.data_dir, size)
+
+
+def machine(device):
     """What a result was made with."""
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
-                                check=True).stdout.strip()
+        commit = git("rev-parse", "--short", "HEAD") + ("-changed" if git("diff", "HEAD", "--", "*.py", "csrc") else "")
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"processor": processor(), "cores": len(os.sched_getaffinity(0)),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
             "python": platform.python_version(), "commit": commit,
             **{name: version(name) for name in ("torch", "torchvision", "scikit-learn", "numpy")}}
 
@@ -164,26 +189,29 @@ def digest(path):
 def settle(parts, results):
     """Removes results that cannot be gone on from: those of other settings end the program; where a checkpoint is lost
     that unfinished parts need, it and all that followed from it is to be made again. Returns what was removed."""
-    by_name, removed = {part.name: part for part in parts}, []
+    by_name = {part.name: part for part in parts}
     for name, record in results["parts"].items():
         if name in by_name and record["settings"] != by_name[name].settings:
             raise UserError(f"part {name} was made with `{shlex.join(record['settings'])}` and is now to be made with "
                             f"`{shlex.join(by_name[name].settings)}`: give another --runs, or the settings of before")
-    for part in parts:
-        record = results["parts"].get(part.name)
-        if record is None:
-            continue
-        wanted = part.trains and any(part.name in other.needs and other.name not in results["parts"] for other in parts)
-        lost = wanted and digest(part.output) != record["checkpoint"]
-        if lost or any(name not in results["parts"] for name in part.needs):
-            removed.append(part.name)
-            del results["parts"][part.name]
-    return removed
+    removed = []
+    while True:
+        missing = {part.name for part in parts} - results["parts"].keys()
+        needed = {name for part in parts if part.name in missing for name in part.needs}
+        lost = [part.name for part in parts if part.name not in missing and (
+            missing & set(part.needs)
+            or (part.name in needed and digest(part.output) != results["parts"][part.name].get("checkpoint")))]
+        if not lost:
+            return removed
+        removed += lost
+        for name in lost:
+            del results["parts"][name]
 
 
 def finish(part, seconds):
     """The record of a part whose command has ended well."""
-    record = {"settings": part.settings, "command": shlex.join(["python", *part.command]), "seconds": round(seconds, 1)}
+    record = {"settings": part.settings, "command": shlex.join(["python", *part.command]),
+              "seconds": round(seconds, 1)}
     if part.trains:  # what is needed from here on; the optimiser's state is twice the model
         checkpoint = load_checkpoint(part.output)
         save_atomically({name: value for name, value in checkpoint.items() if name != "optimizer"}, part.output)
@@ -207,7 +235,7 @@ class Study:
         self.jobs, self.deadline = args.jobs, time.monotonic() + 60 * args.minutes if args.minutes else None
         self.running, self.failed, self.stopped = {}, {}, None  # {process: (part, start)}, {name: why}
         self.start, self.before = time.monotonic(), sum(session["seconds"] for session in results["sessions"])
-        results["sessions"].append({"machine": machine(), "jobs": args.jobs, "seconds": 0.0})
+        results["sessions"].append({"machine": machine(args.device), "jobs": args.jobs, "seconds": 0.0})
 
     def say(self, text):
         done = sum(part.name in self.results["parts"] for part in self.parts)
@@ -223,8 +251,9 @@ class Study:
     def begin(self, part):
         part.output.parent.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
-        with open(part.output.with_suffix(".out" if part.trains else ".log"), "a") as said:
-            process = subprocess.Popen([sys.executable, *part.command], cwd=ROOT, stdout=said, stderr=said,
+        script, *flags = part.command
+        with open(part.said, "a") as said:
+            process = subprocess.Popen([sys.executable, str(ROOT / script), *flags], stdout=said, stderr=said,
                                        start_new_session=True, pass_fds=(self.lock.fileno(),),  # while it lives, locked
                                        env={"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"})
         self.running[process] = part, time.monotonic()
@@ -232,16 +261,24 @@ class Study:
 
     def end(self, process):
         part, start = self.running.pop(process)
+        why = None
         if process.returncode == 0:
-            record = finish(part, time.monotonic() - start)
-            self.results["parts"][part.name] = {**record, "session": len(self.results["sessions"]) - 1}
-            self.save()
-            self.say(f"done:  {part.name}, {record['seconds']:.0f} s")
+            try:
+                record = finish(part, time.monotonic() - start)
+                self.results["parts"][part.name] = {**record, "session": len(self.results["sessions"]) - 1}
+                self.save()
+                self.say(f"done:  {part.name}, {record['seconds']:.0f} s")
+            except (UserError, OSError, ValueError, LookupError) as error:  # a full disk, a file that was removed
+                self.results["parts"].pop(part.name, None)
+                why = f"what it wrote cannot be used ({error})"
+        elif process.returncode < 0 and self.stopped is None:
+            why = f"ended by signal {-process.returncode}"
         elif self.stopped is None:
-            said = part.output.with_suffix(".out" if part.trains else ".log")
-            self.failed[part.name] = (said.read_text().strip().splitlines() or ["it said nothing"])[-1]
-            self.say(f"FAILED: {part.name} (exit code {process.returncode}): {self.failed[part.name]}\n"
-                     f"  more in {said}; the command: {shlex.join(['python', *part.command])}")
+            why = (part.said.read_text().strip().splitlines() or ["it said nothing"])[-1]
+        if why:
+            self.failed[part.name] = why
+            self.say(f"FAILED: {part.name}: {why}\n  more in {part.said}; the command: "
+                     f"{shlex.join(['python', *part.command])}")
 
     def save(self):
         self.results["sessions"][-1]["seconds"] = round(time.monotonic() - self.start, 1)
@@ -251,7 +288,7 @@ class Study:
         def stop(number, frame):
             self.stopped = self.stopped or number
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             while self.stopped is None:
                 waiting = self.ready()
@@ -264,17 +301,24 @@ class Study:
                     self.end(process)
                 if self.deadline and time.monotonic() > self.deadline:
                     self.stopped = "time"
+        finally:
+            self.stopped = self.stopped or ("error" if self.running else None)
             for process in self.running:  # trainings save where they are
                 process.terminate()
             for process in list(self.running):
-                process.wait()
+                try:
+                    process.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
                 self.end(process)
-        finally:
-            for process in self.running:
-                process.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.save()
+            try:
+                self.save()
+            except OSError as error:
+                raise UserError(f"cannot write '{self.path}' ({error.strerror}): make room; the same command goes "
+                                "on") from error
 
 
 def parse_args():
@@ -291,10 +335,13 @@ def parse_args():
         help="some only, and what they build on; the first six are of vte (default: all)")
     add("--seeds", nargs="+", type=seed, metavar="N", help="training seeds (default: 0 1 2, of small and tiny 0 1)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
-    add("--jobs", type=positive(int), help=f"parts at once (default: {AT_ONCE_ON_A_GPU} on a GPU, 1 on a CPU)")
+    add("--jobs", type=positive(int), help="parts at once (default: 1 on a CPU; on a GPU "
+        + ", ".join(f"{number} of {family}" for family, number in AT_ONCE_ON_A_GPU.items()) + ")")
     add("--minutes", type=positive(float),
         help=f"stop after so long, saved, with exit code {NOT_FINISHED}; the same command goes on")
     add("--runs", type=file_path, default="runs/reproduce", help="checkpoints, logs, results (default: %(default)s)")
+    add("--finished", type=file_path, metavar="JSON",
+        help="results of the same study made elsewhere: what it has and --runs lacks counts as made")
     add("--pages", type=file_path, default=str(ROOT), metavar="DIR",
         help="where results/, RESULTS.md and README.md are to be brought up to date (default: here)")
     args = parser.parse_args()
@@ -315,16 +362,40 @@ def locked(folder):
     """A file that is held while this process or one that it started lives, so that no two write to one folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
+        lock = open(folder / "lock", "a+")
     except OSError as error:
         raise UserError(f"cannot write to '{folder}' ({error.strerror}): give another --runs") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        lock.seek(0)
+        by = lock.read(20).strip()
         lock.close()
-        raise UserError(f"this study, or a part of it, is running already in '{folder}': wait for it, or stop it, or "
-                        "give another --runs") from error
+        raise UserError(f"this study, begun by process {by}, is running already in '{folder}', or a part of it still "
+                        "is: wait for it, or end it, or give another --runs") from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
     return lock
+
+
+def results_so_far(args, name, title, path):
+    """What `path` holds, or nothing yet, and what --finished holds beyond that."""
+    results = {"study": name, "title": title, "scale": args.scale, "sessions": [], "parts": {}}
+    for source in (path, Path(args.finished) if args.finished else None):
+        if source is None or (source == path and not path.exists()):
+            continue
+        found = read_results(source)
+        if (found["study"], found["title"]) != (name, title):
+            raise UserError(f"'{source}' holds a study named {found['study']} on {found['title']}, not {name} on "
+                            f"{title}" + (": give another --runs" if source == path else ""))
+        beyond = {part: record for part, record in found["parts"].items() if part not in results["parts"]}
+        first = len(results["sessions"])
+        if beyond:
+            results["sessions"] += found["sessions"]
+            results["parts"] |= {part: {**record, "session": record["session"] + first}
+                                 for part, record in beyond.items()}
+    return results
 
 
 def main():
@@ -334,23 +405,25 @@ def main():
     name = ("stl-" if args.family == "stl" else "") + kind + ("" if args.scale == "full" else f"-{args.scale}")
     args.seeds = list(dict.fromkeys(args.seeds or scale["seeds"]))
     device = choose_device(args.device)
-    args.jobs = args.jobs or (AT_ONCE_ON_A_GPU if device.type == "cuda" else 1)
+    args.jobs = args.jobs or (AT_ONCE_ON_A_GPU[args.family] if device.type == "cuda" else 1)
     folder = Path(args.runs) / name
     with locked(folder) as lock:
         path = folder / "results.json"
-        results = {"study": name, "title": title, "scale": args.scale, "sessions": [], "parts": {}}
-        if path.exists():
-            results = read_results(path)
-            if results["title"] != title:
-                raise UserError(f"'{path}' holds a study on {results['title']}, not on {title}: give another --runs")
+        parts = parts_of(args, scale, folder)
+        args.device = device
+        results = results_so_far(args, name, title, path)
         if name in STUDIES:
             write_pages(Path(args.pages))  # before hours of work, not after: they can be written
-        parts = parts_of(args, scale, folder)
         removed = settle(parts, results)
         if removed:
-            print(f"to be made again, as their checkpoint is not there any more: {', '.join(removed)}")
-        if args.scale == "full" and device.type == "cpu":
-            print("there is no GPU: this will take weeks; --scale small is made for a CPU", file=sys.stderr)
+            if path.exists():
+                shutil.copy(path, folder / "results.json.before")
+            print(f"to be made again, as checkpoints that are needed are not there: {', '.join(removed)}")
+        left = [part for part in parts if part.name not in results["parts"]]
+        if left:
+            if args.scale == "full" and device.type == "cpu":
+                print("there is no GPU: this will take weeks; --scale small is made for a CPU", file=sys.stderr)
+            prepare_data(args)
         study = Study(args, parts, results, path, lock)
         study.say(f"{name}: {title}, {len(args.seeds)} seeds, {args.jobs} at once, in {folder}")
         study.run()

@@ -9,6 +9,7 @@ the published numbers beside them are those of one training, their ± (left out 
 import json
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -57,7 +58,10 @@ PUBLISHED = {
         "knn": at_5000(.707, .711, .607, .475, .473),
         "logistic": at_5000(.632, .544, .540, .477, .462),
     },
-    "stl-stl10": {"linear": {"stl": {5000: .1517}, "simclr": {5000: .1526}, "augmix": {5000: .1443}}},  # STL Table 1
+    "stl-stl10": {  # STL Tables 1, 2
+        "linear": {"stl": {5000: .1517}, "simclr": {5000: .1526}, "augmix": {5000: .1443}},
+        "transfer": {"stl": {50000: .1478}, "simclr": {50000: .1911}, "augmix": {50000: .1399}},
+    },
     "stl-cifar10": {},
 }
 STUDIES = {  # name: what makes it
@@ -65,6 +69,7 @@ STUDIES = {  # name: what makes it
     "stl-stl10": "make reproduce-stl", "stl-cifar10": "make reproduce-stl",
     "stl-cifar10-small": "make reproduce-stl-small",
 }
+TITLES = {**NAMES, "transfer": "linear, transfer to CIFAR-10"}
 FEATURES = {"sample": "z sampled", "mu": "mu", "trunk": "before mu", None: ""}
 BASELINES = ("random encoder", "raw pixels")
 
@@ -91,9 +96,10 @@ class Measured:
     def mean(self):
         return statistics.mean(self.of_seed.values())
 
-    def text(self, digits=3):
+    def text(self, digits=3, seeds=1):
+        """seeds: how many the study has; fewer behind a value are told in brackets."""
         deviation = f" ± {statistics.stdev(self.of_seed.values()):.{digits}f}" if len(self.of_seed) > 1 else ""
-        return f"{self.mean():.{digits}f}{deviation}"
+        return f"{self.mean():.{digits}f}{deviation}" + (f" ({len(self.of_seed)})" if len(self.of_seed) < seeds else "")
 
 
 def collect(results):
@@ -107,8 +113,9 @@ def collect(results):
             method = name
             if name == "baselines":
                 method = row["method"].partition(" (")[0]
-            if kind == "labels":
-                key = method, row["features"], row["classifier"], row["train_size"]
+            if kind != "equivariance":
+                classifier = "transfer" if kind == "transfer" else row["classifier"]
+                key = method, row["features"], classifier, row["train_size"]
                 errors.setdefault(key, Measured()).of_seed[number] = row["error_mean"]
             elif column(row):
                 own = row.get("map", "ridge")
@@ -118,9 +125,19 @@ def collect(results):
     return errors, equivariance
 
 
+def seeds_of(results):
+    return sorted({int(part.partition("/")[0]) for part in results["parts"]})
+
+
+def compared_features(family):
+    """Which of our rows stand beside the paper's."""
+    return "sample" if family == "vte" else None
+
+
 def lines_of(errors, family):
-    """The rows of a table: (method, features), the paper's methods first."""
-    present = dict.fromkeys((method, features) for method, features, _, _ in errors)
+    """The rows of a table: (method, features), the methods first, those without any result too."""
+    present = {(method, features) for method, features, _, _ in errors}
+    present |= {(method, compared_features(family)) for method in METHODS[family]}
     order = [*METHODS[family], *BASELINES]
     features = list(FEATURES)
     return sorted(present, key=lambda line: (order.index(line[0]), features.index(line[1])))
@@ -131,12 +148,11 @@ def table(headings, rows):
             *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def error_tables(study, errors):
+def error_tables(study, errors, seeds=1):
     """For each classifier ours, the paper's and the difference, for each number of labels."""
     family, published = family_of(study), PUBLISHED[data_of(study)]
-    compared = {method: "sample" if family == "vte" else None for method in METHODS[family]}
-    lines = lines_of(errors, family) or [(method, compared[method]) for method in METHODS[family]]
-    for classifier in dict.fromkeys([*(key[2] for key in errors), *published]):
+    digits = 4 if family == "stl" else 3
+    for classifier in dict.fromkeys([*published, *(key[2] for key in errors)]):
         known = published.get(classifier, {})
         sizes = sorted({key[3] for key in errors if key[2] == classifier}
                        | {size for row in known.values() for size in row}, reverse=True)
@@ -144,57 +160,58 @@ def error_tables(study, errors):
         for size in sizes:
             headings += [f"{size:,} labels: ours", "paper", "difference"] if known else [f"{size:,} labels"]
         rows = []
-        for method, features in lines:
+        for method, features in lines_of(errors, family):
             cells = [name_of(family, method), FEATURES[features]]
             for size in sizes:
                 ours = errors.get((method, features, classifier, size))
-                theirs = known.get(method, {}).get(size) if features == compared.get(method) else None
-                cells.append(ours.text() if ours else "–")
+                theirs = known.get(method, {}).get(size) if features == compared_features(family) else None
+                cells.append(ours.text(digits, seeds) if ours else "–")
                 if known:
-                    cells.append(f"{theirs:.3f}" if theirs else "")
-                    cells.append(f"{ours.mean() - theirs:+.3f}" if ours and theirs else "")
+                    cells.append(f"{theirs:.{digits}f}" if theirs else "")
+                    cells.append(f"{ours.mean() - theirs:+.{digits}f}" if ours and theirs else "")
             rows.append(cells)
-        yield NAMES[classifier], table(headings, rows)
+        yield TITLES[classifier], table(headings, rows)
 
 
 def order_table(study, errors):
     """The paper's methods from the best to the worst in each column: in the paper, and ours by the mean over seeds; and
-    in how many seeds the two claims hold that its text makes."""
+    in how many seeds the paper's best is first, and its worst last."""
     short = {"avt": "AVT", "pt": "PT", "vte_ba": "BA", "vte_infonce1": "I1", "vte_infonce2": "I2"}
-    published, rows = PUBLISHED[data_of(study)], []
-    for classifier, known in published.items():
+    rows = []
+    for classifier, known in PUBLISHED[data_of(study)].items():
         for size in sorted({key[3] for key in errors if key[2] == classifier}, reverse=True):
+            if not all(size in known[method] for method in PAPERS):
+                continue
+            theirs = sorted(PAPERS, key=lambda method: known[method][size])
             for features in ("sample", "mu"):
-                ours = {method: errors[method, features, classifier, size] for method in PAPERS
+                ours = {method: errors[method, features, classifier, size].of_seed for method in PAPERS
                         if (method, features, classifier, size) in errors}
-                if len(ours) < len(PAPERS):
+                seeds = set.intersection(*map(set, ours.values())) if len(ours) == len(PAPERS) else ()
+                if not seeds:
                     continue
-                seeds = set.intersection(*(set(measured.of_seed) for measured in ours.values()))
-                ranks = [sorted(ours, key=lambda method, seed=seed: ours[method].of_seed[seed]) for seed in seeds]
-                by_mean = sorted(ours, key=lambda method: ours[method].mean())
-                theirs = sorted(PAPERS, key=lambda method: known[method].get(size, 0)) \
-                    if all(size in known[method] for method in PAPERS) else []
-                rows.append([f"{NAMES[classifier]}, {size:,}", FEATURES[features],
+                by_mean = sorted(ours, key=lambda method: statistics.mean(ours[method][seed] for seed in seeds))
+                ranks = [sorted(ours, key=lambda method, seed=seed: ours[method][seed]) for seed in seeds]
+                first, last = sum(rank[0] == theirs[0] for rank in ranks), sum(rank[-1] == theirs[-1] for rank in ranks)
+                rows.append([f"{TITLES[classifier]}, {size:,}", FEATURES[features],
                              " < ".join(short[method] for method in theirs),
                              " < ".join(short[method] for method in by_mean),
-                             f"{sum(rank[0] == 'vte_ba' for rank in ranks)} of {len(seeds)}",
-                             f"{sum(rank[-1] == 'avt' for rank in ranks)} of {len(seeds)}"])
-    if not rows:
-        return []
-    return table(["classifier, labels", "features", "paper", "ours", "BA first, in seeds", "AVT last, in seeds"], rows)
+                             f"{first} of {len(seeds)}", f"{last} of {len(seeds)}"])
+    headings = ["classifier, labels", "features", "paper", "ours", "the paper's best is first, in seeds",
+                "its worst is last, in seeds"]
+    return table(headings, rows) if rows else []
 
 
-def equivariance_tables(study, equivariance):
+def equivariance_tables(study, equivariance, seeds=1):
     """One table a family of transformations; rows with z sampled are left to the JSON."""
     for transformations in dict.fromkeys(key[0] for key in equivariance):
         found = {key[1:]: measured for key, measured in equivariance.items()
                  if key[0] == transformations and key[2] != "sample"}
         headings = [heading for heading in dict.fromkeys(key[2] for key in found) if "alone" not in heading]
-        rows = [[line, *(found[line, features, heading].text() if (line, features, heading) in found else ""
-                         for heading in headings)]
-                for line, features in dict.fromkeys(key[:2] for key in found)]
-        last = [name for name in BASELINES if any(row[0] == name for row in rows)]
-        rows.sort(key=lambda row: last.index(row[0]) if row[0] in last else -1)
+        order = [*(title for title, *_ in METHODS[family_of(study)].values()), *BASELINES]
+        lines = dict.fromkeys(key[:2] for key in found)
+        lines = sorted(lines, key=lambda line: order.index(line[0].split(": its ")[0]))
+        rows = [[line, *(found[line, features, heading].text(seeds=seeds) if (line, features, heading) in found else ""
+                         for heading in headings)] for line, features in lines]
         yield transformations, table(["", *headings], rows)
 
 
@@ -216,27 +233,27 @@ def trainings_table(study, results):
                 values = [record["log"][name][-1] for record in found if name in record["log"]]
                 cells.append(f"{statistics.mean(values):.3f}" if values else "")
             rows.append(cells)
-    return table(["", "epochs x images", "minutes a seed", *(shown[name] for name in names)], rows) if rows else []
+    return table(["", "epochs x images", "minutes each", *(shown[name] for name in names)], rows) if rows else []
 
 
 def provenance(results):
-    """Where and with what: a line for each machine and set of versions."""
+    """Where and with what: a line for each machine and set of versions that made any of it."""
+    used = {record["session"] for record in results["parts"].values()}
     told = {}
-    for session in results["sessions"]:
+    for number, session in enumerate(results["sessions"]):
         made = dict(session["machine"])
-        commit = made.pop("commit")
-        told.setdefault(json.dumps(made), []).append((commit, session["jobs"], session["seconds"]))
-    seeds = sorted({int(part.partition("/")[0]) for part in results["parts"]})
-    text = [f"Seeds {', '.join(map(str, seeds))}."]
+        commit = made.pop("commit", None)
+        if number in used:
+            told.setdefault(json.dumps(made), []).append((commit, session["jobs"], session["seconds"]))
+    text = [f"Seeds {', '.join(map(str, seeds_of(results)))}."]
     for made, sessions in told.items():
         made = json.loads(made)
-        gpu = f"{made.pop('gpu')}, " if made.get("gpu") else ""
-        made.pop("gpu", None)
-        where = f"{gpu}{made.pop('cores')} cores of {made.pop('processor')}"
+        gpu = made.pop("gpu", None)
+        where = (f"{gpu}, " if gpu else "") + f"{made.pop('cores')} cores of {made.pop('processor')}"
         versions = ", ".join(f"{name} {number}" for name, number in made.items())
-        jobs = sorted({jobs for _, jobs, _ in sessions})
+        jobs = " or ".join(str(number) for number in sorted({jobs for _, jobs, _ in sessions}))
         commits = ", ".join(dict.fromkeys(commit for commit, _, _ in sessions if commit))
-        text.append(f"{where}; {versions}; {' or '.join(map(str, jobs))} at once; commit {commits or 'unknown'}; "
+        text.append(f"{where}; {versions}; {jobs} at once; commit {commits or 'unknown'}; "
                     f"{sum(seconds for _, _, seconds in sessions) / 60:.0f} minutes in all.")
     return " ".join(text)
 
@@ -249,16 +266,16 @@ def study_section(study, results):
     """What stands between a study's marks in RESULTS.md."""
     if results is None or not results["parts"]:
         text = [f"**Not yet run** (`{STUDIES[study]}`). The published numbers that it will stand beside:", ""]
-        tables = [line for title, lines in error_tables(study, {}) for line in [f"**{title}**, error", "", *lines]]
+        tables = [line for title, lines in error_tables(study, {}) for line in (f"**{title}**, error", "", *lines)]
         return "\n".join([*text, *tables] if tables else [f"**Not yet run** (`{STUDIES[study]}`)."])
-    errors, equivariance = collect(results)
+    (errors, equivariance), seeds = collect(results), len(seeds_of(results))
     text = [f"**{results['title']}.** {provenance(results)}", ""]
-    for title, lines in error_tables(study, errors):
+    for title, lines in error_tables(study, errors, seeds):
         text += [f"**{title}**, error", "", *lines]
     order = order_table(study, errors) if family_of(study) == "vte" else []
     if order:
         text += ["**Order of the methods**, best first, I1 and I2 for the two InfoNCE", "", *order]
-    for number, (transformations, lines) in enumerate(equivariance_tables(study, equivariance)):
+    for number, (transformations, lines) in enumerate(equivariance_tables(study, equivariance, seeds)):
         title, where = f"Equivariance, {transformations} transformations", "EQUIVARIANCE.md says what each is"
         text += folded(title, lines) if number else [f"**{title}**, from mu ({where})", "", *lines]
     text += ["**Trainings**, last epoch", "", *trainings_table(study, results)]
@@ -268,11 +285,11 @@ def study_section(study, results):
 
 def readme_section(studies):
     """The main table: the full study as soon as any of it was made, else the small one."""
-    study = next((name for name in ("cifar10", "cifar10-small") if studies[name]), None)
+    study = next((name for name in ("cifar10", "cifar10-small") if studies[name] and collect(studies[name])[0]), None)
     if study is None:
         return "*Not yet run.*\n"
     results, published, family = studies[study], PUBLISHED["cifar10"], family_of(study)
-    errors, _ = collect(results)
+    errors, seeds = collect(results)[0], len(seeds_of(results))
     sizes = sorted({key[3] for key in errors}, reverse=True)
     columns = [(classifier, size) for classifier in published for size in sizes]
     rows = []
@@ -281,12 +298,11 @@ def readme_section(studies):
         for classifier, size in columns:
             ours = errors.get((method, features, classifier, size))
             theirs = published[classifier].get(method, {}).get(size) if features == "sample" else None
-            cells.append((ours.text() if ours else "–") + (f" *({theirs:.3f})*" if theirs else ""))
+            cells.append((ours.text(seeds=seeds) if ours else "–") + (f" *({theirs:.3f})*" if theirs else ""))
         rows.append(cells)
     headings = [f"{NAMES[name].replace(' regression', '')}, {size:,}" for name, size in columns]
-    seeds = {part.partition("/")[0] for part in results["parts"]}
-    text = [f"*{results['title']}, scale: {results['scale']}, {len(seeds)} training seeds, mean ± standard deviation "
-            "over them. In brackets the paper's.*"]
+    text = [f"*{results['title']}, scale: {results['scale']}, {seeds} training seeds, mean ± standard deviation over "
+            "them. In italics the paper's.*"]
     return "\n".join([*table(["error", "features", *headings], rows), *text, ""])
 
 
@@ -304,12 +320,14 @@ def read_results(path):
         for session in results["sessions"]:
             holds(session, machine=dict, jobs=int, seconds=(int, float))
         for record in results["parts"].values():
-            holds(record, settings=list, command=str, seconds=(int, float))
+            holds(record, settings=list, command=str, seconds=(int, float), session=int)
+            holds(results["sessions"][record["session"]], machine=dict)
             if "rows" in record:
                 holds(record, rows=list)
             else:
                 holds(record, checkpoint=str, epochs=int, images=int, log=dict)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        collect(results), provenance(results)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' does not hold the results of a study ({error})") from error
     return results
 
@@ -323,31 +341,36 @@ def write_results(results, path):
 
 
 def write_pages(root, results=None):
-    """Puts results, of one study, into root/results unless more of it is there; then brings the pages up to date."""
+    """Puts results, of one study, into root/results unless what is there is more, or of other data; then brings the
+    pages up to date. Raises UserError where something cannot be read or written."""
     folder = root / "results"
-    if results is not None:
-        path = folder / f"{results['study']}.json"
-        there = len(read_results(path)["parts"]) if path.exists() else 0
-        if there > len(results["parts"]):
-            print(f"'{path}' holds {there} parts and is left as it is: here are {len(results['parts'])}")
-        else:
-            write_results(results, path)
     paths = {name: folder / f"{name}.json" for name in STUDIES}
-    studies = {name: read_results(path) if path.exists() else None for name, path in paths.items()}
-    sections = {"RESULTS.md": {name: study_section(name, found) for name, found in studies.items()},
-                "README.md": {"main table": readme_section(studies)}}
-    for name, texts in sections.items():
-        try:
+    try:
+        if results is not None and results["parts"]:
+            path = paths[results["study"]]
+            there = read_results(path) if path.exists() else {**results, "parts": {}}
+            if there["title"] != results["title"] or there["parts"].keys() - results["parts"].keys():
+                print(f"'{path}' is left as it is: it holds {len(there['parts'])} parts on {there['title']}, and not "
+                      f"all of these are among the {len(results['parts'])} on {results['title']} at hand")
+            else:
+                write_results(results, path)
+        studies = {name: read_results(path) if path.exists() else None for name, path in paths.items()}
+        sections = {"RESULTS.md": {name: study_section(name, found) for name, found in studies.items()},
+                    "README.md": {"main table": readme_section(studies)}}
+        for name, texts in sections.items():
             page = before = (root / name).read_text()
-        except OSError as error:
-            raise UserError(f"cannot read '{root / name}', where the tables are to stand ({error.strerror})") from error
-        for mark, text in texts.items():
-            page = between_marks(page, text, mark)
-            if page is None:
-                raise UserError(f"'{root / name}' lacks the lines <!-- {mark} --> and <!-- /{mark} -->, between which "
-                                "its table is to stand")
-        if page != before:
-            write_atomically(root / name, lambda file, page=page: file.write(page.encode()))
+            for mark, text in texts.items():
+                page = between_marks(page, text, mark)
+                if page is None:
+                    raise UserError(f"'{root / name}' lacks the lines <!-- {mark} --> and <!-- /{mark} -->, between "
+                                    "which its table is to stand")
+            if page != before:
+                write_atomically(root / name, lambda file, page=page: file.write(page.encode()))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"the tables cannot be read and written in '{root}', which is to hold RESULTS.md, README.md "
+                        f"and results/: {error}") from error
 
 
 def main():
