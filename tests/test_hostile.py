@@ -549,7 +549,7 @@ CHOICE = ["", "x", "\u0661", "CPU", "two\nlines"]
 SWITCH = ["1", "true", ""]  # --flag=value
 WRONG = {
     "--dataset": TEXT, "--data-dir": TEXT, "--output": TEXT, "--pretrained": TEXT, "--json": TEXT, "--markdown": TEXT,
-    "--plot": TEXT, "CKPT": TEXT, "LOG": TEXT, "JSON": TEXT, "--runs": TEXT, "--pages": TEXT,
+    "--plot": TEXT, "CKPT": TEXT, "LOG": TEXT, "JSON": TEXT, "--runs": TEXT, "--pages": TEXT, "--finished": TEXT,
     "--epochs": WHOLE, "--batch-size": WHOLE, "--image-size": [*WHOLE, "1025"], "--limit": WHOLE, "--passes": WHOLE,
     "--train-sizes": WHOLE, "--columns": WHOLE, "--pairs": WHOLE, "--n": WHOLE, "--repeats": WHOLE, "--sizes": WHOLE,
     "--batches": WHOLE, "--save-every": WHOLE, "--steps": WHOLE, "--images": WHOLE, "--workers": WHOLE,
