@@ -77,6 +77,7 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/warp.py --device cuda --output results/warp-$(GPU).json --plot results/warp-$(GPU).png
 	$(BIN)/python benchmarks/train.py compile --device cuda --steps 200 --output results/train-compile-$(GPU).json
 	$(BIN)/python benchmarks/train.py step --device cuda --steps 200 --output results/train-$(GPU).json
+	$(BIN)/python benchmarks/train.py beside --device cuda --steps 200 --output results/train-beside-$(GPU).json
 	$(BIN)/python benchmarks/train.py scale --device cuda --steps 200 --output results/train-scale-$(GPU).json
 	$(BIN)/python benchmarks/train.py precision --device cuda --epochs 20 --output results/train-precision-$(GPU).json
 	$(BIN)/python benchmarks/train.py probe --device cuda --output results/probe-times-$(GPU).json

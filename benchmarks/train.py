@@ -7,6 +7,7 @@
     python benchmarks/train.py precision --output results/precision.json   losses in float32 and bfloat16
     python benchmarks/train.py probe --output results/probe-times.json     k-NN, and logistic fits side by side
     python benchmarks/train.py memory --output results/train-memory.json   memory over 2,000 steps
+    python benchmarks/train.py beside --output results/train-beside.json   trainings side by side on one device
 
 step: (full) the script's own training loop; (ceiling) the same loop with every batch's tensors made beforehand, so that
 only model, loss and optimiser are left; (usual) the pipeline of AVT's and VTE's authors as one would write it today:
@@ -23,6 +24,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -418,6 +421,34 @@ def measure_precision(args):
     return {"last_epoch": summary, "rows": rows}
 
 
+def train_beside(name, args, cores):
+    """One of the trainings side by side, in a process of its own; returns its images/s in each epoch."""
+    torch.set_num_threads(cores)
+    images = random_images(args.steps * args.batch_size, args.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        if "PT" in SCRIPTS[name]:
+            phase_one(images, args, folder)
+        log = train(name, images, args, folder, "--epochs", 2 + args.repeats)
+    return [row["images_per_second"] for row in log]
+
+
+def measure_beside(args):
+    """How much more several processes get out of one device than one does. Rates are of the middle epochs, in which all
+    of them run."""
+    rows = []
+    for name in args.scripts or ("predictive_transform", "avt", "vte_ba"):
+        for number in args.jobs:
+            cores = max(1, os.cpu_count() // number)
+            with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as pool:
+                logs = list(pool.map(train_beside, *zip(*[(name, args, cores)] * number, strict=True)))
+            rates = [statistics.median(log[1:-1]) for log in logs]
+            rows.append({"script": name, "processes": number, "images_per_second": rates, "together": sum(rates)})
+            alone = rows[-1]["together"] / next(row["together"] for row in rows if row["script"] == name)
+            print(f"{name:26}{number:3} side by side {sum(rates):10,.0f} images/s, {alone:.2f} times the first",
+                  flush=True)
+    return {"rows": rows}
+
+
 def measure_memory(args):
     """Resident memory each hundred steps of a small run."""
     images, held = random_images(2000, 8), []
@@ -468,7 +499,7 @@ def measure_probe(args):
 
 
 KINDS = {"step": measure_steps, "scale": measure_scale, "compile": measure_compile, "precision": measure_precision,
-         "memory": measure_memory, "probe": measure_probe}
+         "memory": measure_memory, "probe": measure_probe, "beside": measure_beside}
 
 
 def main():
@@ -483,6 +514,7 @@ def main():
     add("--repeats", type=positive(int), default=3, help="runs of each, or seeds (default: %(default)s)")
     add("--epochs", type=positive(int), default=8, help="precision: of each run (default: %(default)s)")
     add("--images", type=positive(int), nargs="+", default=[10_000, 50_000, 500_000], help="scale: how many")
+    add("--jobs", type=positive(int), nargs="+", default=[1, 2, 4, 6, 8], help="beside: how many")
     add("--workers", type=positive(int), help="of the usual pipeline's DataLoader (default: as many as cores)")
     add("--usual", action=argparse.BooleanOptionalAction, default=True, help="step: also time the usual pipeline")
     add("--output", type=file_path, help="JSON file for the figures")
