@@ -336,9 +336,13 @@ def draw_errors(args):
     kinds = [kind for kind in FEATURES if any(key[1] == kind and key[0] not in BASELINES[1:] for key in errors)]
     figure, axes = plt.subplots(len(kinds), len(classifiers), figsize=(4 * len(classifiers), 0.8 + 3.2 * len(kinds)),
                                 squeeze=False, sharex=True, sharey=True, layout="constrained")
+    labels = sorted({key[3] for key in errors}
+                    | {size for known in published.values() for row in known.values() for size in row})
     for line, kind in zip(axes, kinds, strict=True):
         for axis, classifier in zip(line, classifiers, strict=True):
             for method, title in methods.items():
+                if not any(key[0] == method for key in errors) and method not in published.get(classifier, {}):
+                    continue
                 of_pixels = method == "raw pixels"
                 points = {size: measured for (name, features, by, size), measured in sorted(errors.items(), key=str)
                           if name == method and by == classifier and (features == kind or of_pixels)}
@@ -352,11 +356,14 @@ def draw_errors(args):
                 axis.plot(sorted(theirs), [theirs[size] for size in sorted(theirs)], "--", color=colours[method],
                           marker=".", markersize=4, alpha=0.7)
             axis.set(xscale="log", title=f"{TITLES[classifier]}{', ' if kind else ''}{FEATURES[kind]}")
+            axis.set_xticks(labels, [f"{size:,}" for size in labels])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
+            if kind == kinds[-1]:
+                axis.set_xlabel("training labels")
     axes[0, 0].plot([], [], "k--", label="the paper's")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.supylabel("error")
-    figure.supxlabel("training labels")
     save(figure, args.output)
 
 

@@ -137,7 +137,8 @@ def compared_features(family):
 def lines_of(errors, family):
     """The rows of a table: (method, features), the methods first, those without any result too."""
     present = {(method, features) for method, features, _, _ in errors}
-    present |= {(method, compared_features(family)) for method in METHODS[family]}
+    present |= {(method, compared_features(family)) for method, (title, *_) in METHODS[family].items()
+                if not title.startswith("*ours")}
     order = [*METHODS[family], *BASELINES]
     features = list(FEATURES)
     return sorted(present, key=lambda line: (order.index(line[0]), features.index(line[1])))
@@ -154,8 +155,10 @@ def error_tables(study, errors, seeds=1):
     digits = 4 if family == "stl" else 3
     for classifier in dict.fromkeys([*published, *(key[2] for key in errors)]):
         known = published.get(classifier, {})
-        sizes = sorted({key[3] for key in errors if key[2] == classifier}
-                       | {size for row in known.values() for size in row}, reverse=True)
+        sizes = {key[3] for key in errors if key[2] == classifier}
+        if not sizes or not study.endswith("-small"):  # which is not to have all
+            sizes |= {size for row in known.values() for size in row}
+        sizes = sorted(sizes, reverse=True)
         headings = ["", "features"]
         for size in sizes:
             headings += [f"{size:,} labels: ours", "paper", "difference"] if known else [f"{size:,} labels"]
@@ -238,23 +241,22 @@ def trainings_table(study, results):
 
 def provenance(results):
     """Where and with what: a line for each machine and set of versions that made any of it."""
-    used = {record["session"] for record in results["parts"].values()}
-    told = {}
+    used, told = {record["session"] for record in results["parts"].values()}, {}
     for number, session in enumerate(results["sessions"]):
         made = dict(session["machine"])
         commit = made.pop("commit", None)
         if number in used:
-            told.setdefault(json.dumps(made), []).append((commit, session["jobs"], session["seconds"]))
-    text = [f"Seeds {', '.join(map(str, seeds_of(results)))}."]
+            told.setdefault(json.dumps(made), []).append((commit, session["jobs"]))
+    minutes = sum(session["seconds"] for session in results["sessions"]) / 60
+    text = [f"Seeds {', '.join(map(str, seeds_of(results)))}; {minutes:.0f} minutes in all."]
     for made, sessions in told.items():
         made = json.loads(made)
         gpu = made.pop("gpu", None)
         where = (f"{gpu}, " if gpu else "") + f"{made.pop('cores')} cores of {made.pop('processor')}"
         versions = ", ".join(f"{name} {number}" for name, number in made.items())
-        jobs = " or ".join(str(number) for number in sorted({jobs for _, jobs, _ in sessions}))
-        commits = ", ".join(dict.fromkeys(commit for commit, _, _ in sessions if commit))
-        text.append(f"{where}; {versions}; {jobs} at once; commit {commits or 'unknown'}; "
-                    f"{sum(seconds for _, _, seconds in sessions) / 60:.0f} minutes in all.")
+        jobs = " or ".join(str(number) for number in sorted({jobs for _, jobs in sessions}))
+        commits = ", ".join(dict.fromkeys(commit for commit, _ in sessions if commit))
+        text.append(f"{where}; {versions}; {jobs} at once; commit {commits or 'unknown'}.")
     return " ".join(text)
 
 

@@ -280,7 +280,7 @@ def test_pages_keep_a_study_of_which_not_all_is_at_hand(study, capsys):
     assert calls == []
     results = json.loads(Path("results/cifar10-small.json").read_text())
     assert len(results["parts"]) == 16 and results["parts"].keys() >= json.loads(before)["parts"].keys()
-    assert "Seeds 0, 1." in Path("RESULTS.md").read_text()
+    assert "Seeds 0, 1; " in Path("RESULTS.md").read_text()
     with pytest.raises(UserError, match="holds a study named cifar10-small on CIFAR-10, not stl10-small on STL-10"):
         study.run("--finished", "results/cifar10-small.json", "--dataset", "stl10")
 
