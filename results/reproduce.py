@@ -58,19 +58,20 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 NOT_FINISHED = 75  # exit code where --minutes ended it: EX_TEMPFAIL of sysexits.h, try again
 AT_ONCE_ON_A_GPU = {"vte": 6, "stl": 2}  # one of VTE's small models leaves most of a large GPU idle
 PATIENCE = 60  # seconds that a training has to save itself when it is told to end
-PUBLISHED_STUDIES = {"vte": ("cifar10", "stl10"), "stl": ("stl10", "cifar10")}
 
 # How much is done. predictors: the trainings that predict t; phase_two: those that follow one. full says nothing: the
 # scripts' defaults are the papers' values.
 SCALES = {
     "full": {"predictors": [], "phase_two": [], "stl": [], "save_every": 20, "seeds": [0, 1, 2], "labels": [],
-             "equivariance": [], "stl_labels": [], "each_classifier_alone": True},  # SAG takes minutes
+             "equivariance": [], "each_classifier_alone": True,  # SAG takes minutes
+             "transformations": ["crop+colour", "crop", "colour", "projective"]},
     "small": {
         "predictors": ["--limit", "10000", "--epochs", "14", "--batch-size", "64", "--lr", "5e-4"],
         "phase_two": ["--limit", "10000", "--epochs", "8", "--batch-size", "128", "--lr", "5e-4"],
         "stl": ["--encoder", "nin", "--limit", "5000", "--epochs", "6", "--batch-size", "128"],
         "save_every": 1, "seeds": [0, 1], "labels": ["--train-sizes", "5000", "500"],
-        "equivariance": ["--images", "100", "--pairs", "2000"], "stl_labels": ["--train-sizes", "5000", "500"],
+        "equivariance": ["--images", "100", "--pairs", "2000"],
+        "transformations": ["crop+colour", "projective"],
         "left_out": ["steerable"],  # or it would take more than 90 minutes
     },
     "tiny": {
@@ -78,8 +79,7 @@ SCALES = {
         "phase_two": ["--limit", "128", "--epochs", "1", "--batch-size", "64"],
         "stl": ["--encoder", "nin", "--limit", "64", "--epochs", "1", "--batch-size", "32"],
         "save_every": 1, "seeds": [0, 1], "labels": ["--train-sizes", "100", "20"],
-        "equivariance": ["--images", "20", "--per-image", "12", "--pairs", "50"],
-        "stl_labels": ["--train-sizes", "100", "20"],
+        "equivariance": ["--images", "20", "--per-image", "12", "--pairs", "50"], "transformations": ["crop+colour"],
     },
 }
 
@@ -125,16 +125,15 @@ def parts_of(args, scale, folder):
     """All parts of a study in the order in which they are preferred: seed after seed."""
     parts, where = [], ["--dataset", args.dataset, "--data-dir", args.data_dir, "--device", args.device]
     stl = args.family == "stl"
-    sizes = scale["stl_labels" if stl else "labels"]
-    if args.dataset == "stl10" and not sizes:
-        sizes = ["--train-sizes", "5000"]
+    sizes = scale["labels"] or (["--train-sizes", "5000"] if args.dataset == "stl10" else [])
     classifiers = ["knn", "linear"] if stl else ["mlp", "knn", "logistic"]
     evaluations = {"labels": (args.dataset, [*(["--classifiers", *classifiers] if stl else []), *sizes])}
     if scale.get("each_classifier_alone"):
         evaluations = {f"labels {name}": (args.dataset, ["--classifiers", name, *sizes]) for name in classifiers}
     if stl and args.dataset == "stl10":  # as published, beside STL-10 itself
         evaluations["transfer"] = "cifar10", ["--classifiers", "linear", "--train-sizes", "50000"]
-    evaluations["equivariance"] = args.dataset, ["--equivariance", *scale["equivariance"]]
+    families = ["--transformations", *scale["transformations"]] if stl else []
+    evaluations["equivariance"] = args.dataset, ["--equivariance", *families, *scale["equivariance"]]
 
     def evaluate(name, checkpoint, rows, number):
         for kind, (dataset, flags) in evaluations.items():
@@ -355,7 +354,7 @@ def parse_args():
     chosen = {*methods} | {known[name][3] for name in methods}  # and what they build on
     args.methods = {name: method for name, method in known.items() if name in chosen}
     if args.dataset is None:
-        args.dataset = PUBLISHED_STUDIES[args.family][0] if args.scale == "full" else "cifar10"
+        args.dataset = "stl10" if args.family == "stl" and args.scale == "full" else "cifar10"
     if args.dataset == "digits" and args.scale != "tiny":
         parser.error("--dataset digits is for --scale tiny, to see it work: no paper has numbers on it")
     return args

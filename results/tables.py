@@ -300,11 +300,13 @@ def readme_section(studies):
         for classifier, size in columns:
             ours = errors.get((method, features, classifier, size))
             theirs = published[classifier].get(method, {}).get(size) if features == "sample" else None
-            cells.append((ours.text(seeds=seeds) if ours else "–") + (f" *({theirs:.3f})*" if theirs else ""))
+            text = (ours.text(seeds=seeds) if ours else "–") + (f"<br>*{theirs:.3f}*" if theirs else "")
+            cells.append(text.replace("0.", "."))  # narrow columns
         rows.append(cells)
     headings = [f"{NAMES[name].replace(' regression', '')}, {size:,}" for name, size in columns]
-    text = [f"*{results['title']}, scale: {results['scale']}, {seeds} training seeds, mean ± standard deviation over "
-            "them. In italics the paper's.*"]
+    how = "at the paper's scale" if results["scale"] == "full" else "at a small scale ([what that is](RESULTS.md))"
+    text = [f"{results['title']}, error with 10,000 test images, {how}; mean ± standard deviation over {seeds} training "
+            "seeds. *In italics the paper's*, of its full scale and one seed."]
     return "\n".join([*table(["error", "features", *headings], rows), *text, ""])
 
 
