@@ -305,7 +305,7 @@ def readme_section(studies):
         rows.append(cells)
     headings = [f"{NAMES[name].replace(' regression', '')}, {size:,}" for name, size in columns]
     how = "at the paper's scale" if results["scale"] == "full" else "at a small scale ([what that is](RESULTS.md))"
-    text = [f"{results['title']}, error with 10,000 test images, {how}; mean ± standard deviation over {seeds} training "
+    text = [f"{results['title']}, error on 10,000 test images, {how}; mean ± standard deviation over {seeds} training "
             "seeds. *In italics the paper's*, of its full scale and one seed."]
     return "\n".join([*table(["error", "features", *headings], rows), *text, ""])
 
