@@ -168,7 +168,7 @@ def mlp_predictions(representation, index, labels, classes, passes, device, dtyp
     scaled = standardizer(representation.draw("train")[index])
     model = mlp(representation.mu["train"].shape[1], classes).to(device)
     labels = labels.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=MLP_LR)
+    optimizer = torch.optim.Adam(model.parameters(), lr=MLP_LR, fused=True)
     for _ in tqdm(range(MLP_EPOCHS), desc=f"MLP, {len(index):,} labels", leave=False, disable=None):
         features = scaled(representation.draw("train")[index]).to(device)
         for batch in torch.randperm(len(index)).to(device).split(MLP_BATCH):
@@ -191,7 +191,7 @@ def finetuned_predictions(representation, index, labels, classes, device, dtype)
     size, (scale, shift) = images.shape[-1], normalization(config["mean"], config["std"], device)
     encoder = copy.deepcopy(encoder).to(device, memory_format=torch.channels_last)
     head = mlp(representation.mu["train"].shape[1], classes).to(device)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=MLP_LR)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=MLP_LR, fused=True)
 
     def logits(batch, training):
         encoder.train(training)
