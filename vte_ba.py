@@ -20,10 +20,12 @@ at best z_hat predicts the mean of z over transformations; whether it is equivar
 does not ask for it. "explained" is the share of z's variance within the batch that D(z_hat) predicts; z_std is the
 standard deviation of z over the batch.
 
-Two variations. --from-scratch trains both encoders together with no phase one: the collapse of z to a constant that
+Three variations. --from-scratch trains both encoders together with no phase one: the collapse of z to a constant that
 gave the paper its phase one (section 3.2). --steerable is ours, not the paper's: the decoder also sees t, q(z | z_hat,
 t), which makes the loss the Barber-Agakov bound of I(z; z_hat, t), the quantity that the paper sets out to maximise
-(eq. 3) and then leaves; D(z_hat, t) is then the equivariant map in feature space that plain VTE lacks.
+(eq. 3) and then leaves; D(z_hat, t) is then the equivariant map in feature space that plain VTE lacks. --mean-target is
+ours too: D predicts phase one's mu. Nothing holds phase one's sigma, and where its decoder ignores a dimension that
+sigma can grow without bound; a sampled z is then little but the noise of a few dimensions (RESULTS.md).
 """
 
 import torch
@@ -48,13 +50,15 @@ from common import (
 class VTEBarberAgakov(nn.Module):
     """Images and transformed images, (N, 3, S, S) each -> D(z_hat), z, log-variance of z_hat, (N, 512) each.
 
-    phase_one: the encoder of transformed images; frozen unless from_scratch. steerable: D also takes t (N, 8)."""
+    phase_one: the encoder of transformed images; frozen unless from_scratch. steerable: D also takes t (N, 8).
+    mean_target: z is phase one's mu."""
 
-    def __init__(self, encoder, phase_one, deep_head=False, from_scratch=False, steerable=False, features=512):
+    def __init__(self, encoder, phase_one, deep_head=False, from_scratch=False, steerable=False, mean_target=False,
+                 features=512):
         super().__init__()
         self.encoder = encoder
         self.phase_one = phase_one.requires_grad_(from_scratch)
-        self.from_scratch, self.steerable = from_scratch, steerable
+        self.from_scratch, self.steerable, self.mean_target = from_scratch, steerable, mean_target
         inputs = features + 8 if steerable else features
         if deep_head:  # the paper's with AlexNet
             self.decoder = nn.Sequential(
@@ -72,7 +76,8 @@ class VTEBarberAgakov(nn.Module):
         return self
 
     def forward(self, images, transformed, t):
-        z = reparameterize(*self.phase_one(transformed))  # (N, 512)
+        mu, logvar = self.phase_one(transformed)
+        z = mu if self.mean_target else reparameterize(mu, logvar)  # (N, 512)
         mu, logvar = self.encoder(images)
         z_hat = reparameterize(mu, logvar)  # (N, 512)
         return self.decoder(torch.cat([z_hat, t], 1) if self.steerable else z_hat).float(), z, logvar
@@ -90,7 +95,8 @@ def vte_ba_loss(prediction, z, logvar):
 
 def train(args):
     checkpoint = None if args.from_scratch else load_checkpoint(args.pretrained, "predictive_transform")
-    name = "vte_ba" + ("_steerable" if args.steerable else "") + ("_from_scratch" if args.from_scratch else "")
+    variations = ("steerable", "mean_target", "from_scratch")
+    name = "_".join(["vte_ba", *(variation for variation in variations if getattr(args, variation))])
     run = Run(name, args, pretrained=checkpoint)
     encoder = build_encoder(args.encoder, args.image_size)
     if args.from_scratch:
@@ -98,7 +104,8 @@ def train(args):
     else:
         phase_one = load_encoder(checkpoint, args.pretrained, probabilistic=True)
     deep = args.encoder == "alexnet"
-    model = run.prepare(VTEBarberAgakov(encoder, phase_one, deep, args.from_scratch, args.steerable))
+    model = run.prepare(VTEBarberAgakov(encoder, phase_one, deep, args.from_scratch, args.steerable,
+                                        args.mean_target))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)  # no weight decay, no schedule
 
@@ -128,6 +135,7 @@ def parse_args():
         help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
     add("--from-scratch", action="store_true", help="the ablation: no phase one, both encoders train and collapse")
     add("--steerable", action="store_true", help="ours: the decoder also sees the transformation")
+    add("--mean-target", action="store_true", help="ours: predict phase one's mu, not z; where its sigma ran away")
     args = parser.parse_args()
     if args.pretrained is None and not args.from_scratch:
         parser.error("--pretrained is needed, the checkpoint of phase one: first run `python predictive_transform.py "

@@ -25,6 +25,7 @@ METHODS = {  # of each family: name, what the tables call it, script, its flags,
         "vte_infonce1": ("VTE-InfoNCE (1), separated", "vte_infonce.py", ["--critic", "separated"], "pt"),
         "vte_infonce2": ("VTE-InfoNCE (2), concatenated", "vte_infonce.py", ["--critic", "concatenated"], "pt"),
         "steerable": ("*ours:* VTE-BA, D sees t", "vte_ba.py", ["--steerable"], "pt"),
+        "mean_target": ("*ours:* VTE-BA, predicts mu", "vte_ba.py", ["--mean-target"], "pt"),
     },
     "stl": {
         "stl": ("STL", "stl.py", [], None),

@@ -562,7 +562,8 @@ WRONG = {
     "--batch": CHOICE, "--compile": CHOICE, "--data-on": CHOICE, "--classifiers": CHOICE, "--peers": CHOICE,
     "--architecture": CHOICE, "--scripts": CHOICE, "PICTURE": CHOICE, "what": CHOICE,
     "--rows": CHOICE, "--features": CHOICE, "--scale": CHOICE, "--methods": CHOICE, "family": CHOICE,
-    "--from-scratch": SWITCH, "--steerable": SWITCH, "--augmix": SWITCH, "--mean-per-class": SWITCH, "--quick": SWITCH,
+    "--from-scratch": SWITCH, "--steerable": SWITCH, "--mean-target": SWITCH, "--augmix": SWITCH,
+    "--mean-per-class": SWITCH, "--quick": SWITCH,
     "--check": SWITCH, "--sync-bn": SWITCH, "--deterministic": SWITCH, "--resume": SWITCH,
     "--no-usual": SWITCH, "--equivariance": SWITCH, "--per-image": WHOLE, "--transformations": CHOICE,
 }

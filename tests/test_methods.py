@@ -169,6 +169,19 @@ def test_z_comes_from_the_transformed_image_and_z_hat_from_the_original():
     assert torch.allclose(avt(images, transformed)[0], avt.decoder(expected), atol=1e-6)
 
 
+def test_the_mean_target_is_phase_one_s_mu_and_free_of_its_sigma():
+    torch.manual_seed(0)
+    model = VTEBarberAgakov(NIN(8), NIN(8), mean_target=True)
+    with torch.no_grad():
+        model.phase_one.logvar.bias.fill_(20.0)  # a sigma of e^10
+    images = torch.randn(4, 3, 8, 8)
+    prediction, z, _ = model(images, images, torch.zeros(4, 8))
+    assert torch.equal(z, model.phase_one(images)[0]) and not z.requires_grad
+    loss, _ = vte_ba_loss(prediction, z, torch.zeros(4, 512))
+    sampled = VTEBarberAgakov(model.encoder, model.phase_one)(images, images, torch.zeros(4, 8))
+    assert loss < 1e4 < 1e9 < vte_ba_loss(sampled[0], sampled[1], torch.zeros(4, 512))[0]
+
+
 def test_the_steerable_decoder_sees_t_and_the_plain_one_does_not():
     torch.manual_seed(0)
     images, transformed = tiny_batch()

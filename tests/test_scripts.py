@@ -62,6 +62,7 @@ ROWS = [  # name, script and its own flags, the method its checkpoint names
     ("nce1", ["vte_infonce.py", "--pretrained", "pt.ckpt"], "vte_infonce_separated"),
     ("nce2", ["vte_infonce.py", "--critic", "concatenated", "--pretrained", "pt.ckpt"], "vte_infonce_concatenated"),
     ("steerable", ["vte_ba.py", "--steerable", "--pretrained", "pt.ckpt"], "vte_ba_steerable"),
+    ("mean", ["vte_ba.py", "--mean-target", "--pretrained", "pt.ckpt"], "vte_ba_mean_target"),
     ("scratch", ["vte_ba.py", "--from-scratch"], "vte_ba_from_scratch"),
     ("nce-scratch", ["vte_infonce.py", "--from-scratch"], "vte_infonce_separated_from_scratch"),
 ]
@@ -129,7 +130,7 @@ def test_every_other_method_trains_and_is_probed_in_one_table(trained):
         "--json", "all.json", "--markdown", "all.md", cwd=folder)
     rows = json.loads((folder / "all.json").read_text())
     assert {(r["checkpoint"], r["method"]) for r in rows} >= {(f"{name}.ckpt", method) for name, _, method in ROWS}
-    assert len(rows) == 2 * 2 * (2 * 8 + 3)
+    assert len(rows) == 2 * 2 * (2 * 9 + 3)
     text = (folder / "all.md").read_text()  # the paper's layout: a table for each classifier, a column for each size
     assert text.count("| error, by training labels | features | 100 | 20 |") == 2
     for row in rows:
