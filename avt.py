@@ -12,8 +12,8 @@ where t are the 8 normalised coefficients of a random projective map (common.tra
 
 Measured so far at a small scale only (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 epochs in batches of
 64, lr 5e-4, two seeds, two CPU cores, torch 2.15): squared error .42; error of k-NN and logistic regression with 5,000
-labels .763 and .686 with z sampled, .756 and .581 with mu; an untrained encoder .882 and .827, .668 and .624. RESULTS.md
-has the rest.
+labels .763 and .686 with z sampled, .756 and .581 with mu; an untrained encoder .882 and .827, .668 and .624.
+RESULTS.md has the rest.
 
 This is the AVT that VTE's tables report: VTE's encoder, heads, optimiser and transformations, so that its rows differ
 in the objective alone. What lies below 0.577 of the logged squared error was learned beyond the rotation; z_std is the

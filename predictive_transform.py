@@ -11,9 +11,9 @@ where t are the 8 normalised coefficients of a random projective map (common.tra
     python predictive_transform.py --dataset cifar10 --output pt.ckpt
 
 Measured so far at a small scale only (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 epochs in batches of
-64, lr 5e-4, two seeds, two CPU cores, torch 2.15): squared error 3.02; error of k-NN and logistic regression with 5,000
-labels .727 and .638 with z sampled, .704 and .562 with mu; an untrained encoder .882 and .827, .668 and .624. RESULTS.md
-has the rest.
+64, lr 5e-4, two seeds, two CPU cores, torch 2.15): squared error 3.02; error of k-NN and logistic regression with
+5,000 labels .727 and .638 with z sampled, .704 and .562 with mu; an untrained encoder .882 and .827, .668 and .624.
+RESULTS.md has the rest.
 
 Read from the paper as follows. The transformation is AVT's, which the paper says it uses: four independently moved
 corners, so truly projective. The decoder ends in 8 outputs (the paper's table prints 512, which cannot be compared with

@@ -13,10 +13,10 @@ I(z_hat; z):
 
     python vte_infonce.py --critic separated --pretrained pt.ckpt --dataset cifar10 --output vte_infonce.ckpt
 
-Measured so far at a small scale only (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 + 8 epochs, batches of
-128, lr 5e-4, two seeds, two CPU cores, torch 2.15): error of k-NN and logistic regression with 5,000 labels, separated
-.701 and .702 with z sampled, .663 and .570 with mu; concatenated .688 and .616, .681 and .581; an untrained encoder .882
-and .827, .668 and .624. RESULTS.md has the rest.
+Measured so far at a small scale only (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 + 8 epochs, batches
+of 128, lr 5e-4, two seeds, two CPU cores, torch 2.15): error of k-NN and logistic regression with 5,000 labels,
+separated .701 and .702 with z sampled, .663 and .570 with mu; concatenated .688 and .616, .681 and .581; an untrained
+encoder .882 and .827, .668 and .624. RESULTS.md has the rest.
 
 Read from the paper as follows. Its eq. 19 and 20 lack the minus sign. The positive pair is in the denominator: only
 then is log N - loss a lower bound on the mutual information, at most log N; it is logged in nats as "bound" beside its

@@ -3,7 +3,7 @@
     python results/reproduce.py vte                          # VTE's Tables 1-3: CIFAR-10, the paper's settings
     python results/reproduce.py vte --dataset stl10          # its Table 4
     python results/reproduce.py stl                          # STL and its SimCLR base on STL-10
-    python results/reproduce.py vte --scale small            # two CPU cores, about an hour
+    python results/reproduce.py vte --scale small            # two CPU cores, some 85 minutes
 
 A study is made of parts: a training, or an evaluation of what one left. Each runs as the command that a user would
 type, kept with its result. Stopped in whatever way, the same command goes on: finished parts are not made again, and a
@@ -167,6 +167,10 @@ def prepare_data(args):
         load_images("cifar10", "train", args.data_dir, size)
 
 
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def machine(device):
     """What a result was made with."""
     def git(*command):
@@ -176,7 +180,7 @@ def machine(device):
         commit = git("rev-parse", "--short", "HEAD") + ("-changed" if git("diff", "HEAD", "--", "*.py", "csrc") else "")
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"processor": processor(), "cores": len(os.sched_getaffinity(0)),
+    return {"processor": processor(), "cores": cores(),
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
             "python": platform.python_version(), "commit": commit,
             **{name: version(name) for name in ("torch", "torchvision", "scikit-learn", "numpy")}}
@@ -250,7 +254,7 @@ class Study:
 
     def begin(self, part):
         part.output.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+        threads = str(max(1, cores() // self.jobs))
         script, *flags = part.command
         with open(part.said, "a") as said:
             process = subprocess.Popen([sys.executable, str(ROOT / script), *flags], stdout=said, stderr=said,
@@ -267,7 +271,6 @@ class Study:
                 record = finish(part, time.monotonic() - start)
                 self.results["parts"][part.name] = {**record, "session": len(self.results["sessions"]) - 1}
                 self.save()
-                self.say(f"done:  {part.name}, {record['seconds']:.0f} s")
             except (UserError, OSError, ValueError, LookupError) as error:  # a full disk, a file that was removed
                 self.results["parts"].pop(part.name, None)
                 why = f"what it wrote cannot be used ({error})"
@@ -275,6 +278,8 @@ class Study:
             why = f"ended by signal {-process.returncode}"
         elif self.stopped is None:
             why = (part.said.read_text().strip().splitlines() or ["it said nothing"])[-1]
+        if part.name in self.results["parts"]:
+            self.say(f"done:  {part.name}, {record['seconds']:.0f} s")
         if why:
             self.failed[part.name] = why
             self.say(f"FAILED: {part.name}: {why}\n  more in {part.said}; the command: "
@@ -327,7 +332,7 @@ def parse_args():
     add = parser.add_argument
     add("family", choices=list(METHODS), help="vte: AVT, predictive transformation and VTE; stl: STL and SimCLR")
     add("--scale", choices=list(SCALES), default="full",
-        help="full: the papers'; small: two CPU cores, about an hour; tiny: to see it work, minutes")
+        help="full: the papers'; small: two CPU cores, some 85 minutes; tiny: to see it work, minutes")
     add("--dataset", type=file_path, help="cifar10, stl10, digits (with --scale tiny), or a folder that holds CIFAR-10 "
         "as files (default: cifar10; for stl, stl10)")
     add("--data-dir", type=file_path, default="data", help="where data is downloaded to (default: %(default)s)")
@@ -393,7 +398,7 @@ def results_so_far(args, name, title, path):
                             f"{title}" + (": give another --runs" if source == path else ""))
         beyond = {part: record for part, record in found["parts"].items() if part not in results["parts"]}
         first = len(results["sessions"])
-        if beyond:
+        if beyond or source == path:
             results["sessions"] += found["sessions"]
             results["parts"] |= {part: {**record, "session": record["session"] + first}
                                  for part, record in beyond.items()}
@@ -430,7 +435,7 @@ def main():
         study.say(f"{name}: {title}, {len(args.seeds)} seeds, {args.jobs} at once, in {folder}")
         study.run()
         if name in STUDIES:
-            write_pages(Path(args.pages), results)
+            write_pages(Path(args.pages), results, not any(part.name not in results["parts"] for part in parts))
     left = [part.name for part in parts if part.name not in results["parts"]]
     if study.failed:
         raise UserError(f"{len(left)} of {len(parts)} parts are missing, {len(study.failed)} of them failed (see "

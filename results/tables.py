@@ -345,18 +345,25 @@ def write_results(results, path):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def write_pages(root, results=None):
-    """Puts results, of one study, into root/results unless what is there is more, or of other data; then brings the
-    pages up to date. Raises UserError where something cannot be read or written."""
+def write_pages(root, results=None, complete=False):
+    """Puts results, of one study, into root/results, and brings the pages up to date. What is there already and not
+    among them is kept: results on the same data stay, and those on other data too, unless the new ones are complete;
+    then they are moved aside. Raises UserError where something cannot be read or written."""
     folder = root / "results"
     paths = {name: folder / f"{name}.json" for name in STUDIES}
     try:
         if results is not None and results["parts"]:
             path = paths[results["study"]]
             there = read_results(path) if path.exists() else {**results, "parts": {}}
-            if there["title"] != results["title"] or there["parts"].keys() - results["parts"].keys():
+            other = there["title"] != results["title"]
+            if other and complete:
+                path.rename(path.with_suffix(".before.json"))
+                print(f"what '{path}' held, on {there['title']}, is now in '{path.with_suffix('.before.json')}'")
+                write_results(results, path)
+            elif other or there["parts"].keys() - results["parts"].keys():
                 print(f"'{path}' is left as it is: it holds {len(there['parts'])} parts on {there['title']}, and not "
-                      f"all of these are among the {len(results['parts'])} on {results['title']} at hand")
+                      f"all of these are among the {len(results['parts'])} on {results['title']} at hand"
+                      + ("" if other else f" (--finished '{path}' takes both together)"))
             else:
                 write_results(results, path)
         studies = {name: read_results(path) if path.exists() else None for name, path in paths.items()}

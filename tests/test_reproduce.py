@@ -285,6 +285,20 @@ def test_pages_keep_a_study_of_which_not_all_is_at_hand(study, capsys):
         study.run("--finished", "results/cifar10-small.json", "--dataset", "stl10")
 
 
+def test_a_complete_study_on_other_data_takes_the_place_of_one_which_is_moved_aside(study, monkeypatch, capsys):
+    study.run()
+    before = Path("results/cifar10-small.json").read_text()
+    monkeypatch.setattr(reproduce, "title_of", lambda dataset: "CIFAR-10, JPEG copy")
+    Path("behaviour").write_text("vte_ba waits\n")
+    shutil.rmtree("runs")
+    study.run("--minutes", 0.02, code=reproduce.NOT_FINISHED)
+    assert Path("results/cifar10-small.json").read_text() == before  # by a part of one it is not
+    Path("behaviour").unlink()
+    study.run()
+    assert Path("results/cifar10-small.before.json").read_text() == before
+    assert "CIFAR-10, JPEG copy" in Path("README.md").read_text() and "is now in" in capsys.readouterr().out
+
+
 def test_pages_are_not_emptied_by_a_study_just_begun(study):
     study.run()
     readme = Path("README.md").read_text()
