@@ -396,7 +396,7 @@ def test_a_real_study(tmp_path):
     assert errors["raw pixels", None, "knn", 100].of_seed["3"] < 0.5  # digits are easy
     assert equivariance["projective", "VTE-BA: its decoder, which never sees t", "mu", "MRR"].mean() > 0
     machine = results["sessions"][0]["machine"]
-    assert machine["torch"] == torch.__version__ and machine["cores"] >= 1
+    assert torch.__version__.startswith(machine["torch"]) and machine["cores"] >= 1
     picture = tmp_path / "errors.png"
     command = [sys.executable, ROOT / "results/figures.py", "errors", tmp_path / "runs/digits-tiny/results.json",
                "--output", picture]
