@@ -280,7 +280,8 @@ def study_section(study, results):
         text += ["**Order of the methods**, best first, I1 and I2 for the two InfoNCE", "", *order]
     for number, (transformations, lines) in enumerate(equivariance_tables(study, equivariance, seeds)):
         title, where = f"Equivariance, {transformations} transformations", "EQUIVARIANCE.md says what each is"
-        text += folded(title, lines) if number else [f"**{title}**, from mu ({where})", "", *lines]
+        of = ", from mu" if family_of(study) == "vte" else ""
+        text += folded(title, lines) if number else [f"**{title}**{of} ({where})", "", *lines]
     text += ["**Trainings**, last epoch", "", *trainings_table(study, results)]
     commands = [record["command"] for record in results["parts"].values()]
     return "\n".join([*text, *folded("all commands", ["```", *commands, "```", ""])])
