@@ -238,8 +238,8 @@ class Study:
         self.parts, self.results, self.path, self.lock = parts, results, path, lock
         self.jobs, self.deadline = args.jobs, time.monotonic() + 60 * args.minutes if args.minutes else None
         self.running, self.failed, self.stopped = {}, {}, None  # {process: (part, start)}, {name: why}
-        self.start, self.before = time.monotonic(), sum(session["seconds"] for session in results["sessions"])
-        results["sessions"].append({"machine": machine(args.device), "jobs": args.jobs, "seconds": 0.0})
+        self.start, self.before = time.monotonic(), sum(piece["seconds"] for piece in results["pieces"])
+        results["pieces"].append({"machine": machine(args.device), "jobs": args.jobs, "seconds": 0.0})
 
     def say(self, text):
         done = sum(part.name in self.results["parts"] for part in self.parts)
@@ -269,7 +269,7 @@ class Study:
         if process.returncode == 0:
             try:
                 record = finish(part, time.monotonic() - start)
-                self.results["parts"][part.name] = {**record, "session": len(self.results["sessions"]) - 1}
+                self.results["parts"][part.name] = {**record, "piece": len(self.results["pieces"]) - 1}
                 self.save()
             except (UserError, OSError, ValueError, LookupError) as error:  # a full disk, a file that was removed
                 self.results["parts"].pop(part.name, None)
@@ -286,7 +286,7 @@ class Study:
                      f"{shlex.join(['python', *part.command])}")
 
     def save(self):
-        self.results["sessions"][-1]["seconds"] = round(time.monotonic() - self.start, 1)
+        self.results["pieces"][-1]["seconds"] = round(time.monotonic() - self.start, 1)
         write_results(self.results, self.path)
 
     def run(self):
@@ -388,7 +388,7 @@ def locked(folder):
 
 def results_so_far(args, name, title, path):
     """What `path` holds, or nothing yet, and what --finished holds beyond that."""
-    results = {"study": name, "title": title, "scale": args.scale, "sessions": [], "parts": {}}
+    results = {"study": name, "title": title, "scale": args.scale, "pieces": [], "parts": {}}
     for source in (path, Path(args.finished) if args.finished else None):
         if source is None or (source == path and not path.exists()):
             continue
@@ -397,10 +397,10 @@ def results_so_far(args, name, title, path):
             raise UserError(f"'{source}' holds a study named {found['study']} on {found['title']}, not {name} on "
                             f"{title}" + (": give another --runs" if source == path else ""))
         beyond = {part: record for part, record in found["parts"].items() if part not in results["parts"]}
-        first = len(results["sessions"])
+        first = len(results["pieces"])
         if beyond or source == path:
-            results["sessions"] += found["sessions"]
-            results["parts"] |= {part: {**record, "session": record["session"] + first}
+            results["pieces"] += found["pieces"]
+            results["parts"] |= {part: {**record, "piece": record["piece"] + first}
                                  for part, record in beyond.items()}
     return results
 

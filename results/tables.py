@@ -242,21 +242,21 @@ def trainings_table(study, results):
 
 def provenance(results):
     """Where and with what: a line for each machine and set of versions that made any of it."""
-    used, told = {record["session"] for record in results["parts"].values()}, {}
-    for number, session in enumerate(results["sessions"]):
-        made = dict(session["machine"])
+    used, told = {record["piece"] for record in results["parts"].values()}, {}
+    for number, piece in enumerate(results["pieces"]):
+        made = dict(piece["machine"])
         commit = made.pop("commit", None)
         if number in used:
-            told.setdefault(json.dumps(made), []).append((commit, session["jobs"]))
-    minutes = sum(session["seconds"] for session in results["sessions"]) / 60
+            told.setdefault(json.dumps(made), []).append((commit, piece["jobs"]))
+    minutes = sum(piece["seconds"] for piece in results["pieces"]) / 60
     text = [f"Seeds {', '.join(map(str, seeds_of(results)))}; {minutes:.0f} minutes in all."]
-    for made, sessions in told.items():
+    for made, pieces in told.items():
         made = json.loads(made)
         gpu = made.pop("gpu", None)
         where = (f"{gpu}, " if gpu else "") + f"{made.pop('cores')} cores of {made.pop('processor')}"
         versions = ", ".join(f"{name} {number}" for name, number in made.items())
-        jobs = " or ".join(str(number) for number in sorted({jobs for _, jobs in sessions}))
-        commits = ", ".join(dict.fromkeys(commit for commit, _ in sessions if commit))
+        jobs = " or ".join(str(number) for number in sorted({jobs for _, jobs in pieces}))
+        commits = ", ".join(dict.fromkeys(commit for commit, _ in pieces if commit))
         text.append(f"{where}; {versions}; {jobs} at once; commit {commits or 'unknown'}.")
     return " ".join(text)
 
@@ -324,12 +324,12 @@ def read_results(path):
     """What `write_results` wrote. Raises UserError."""
     try:
         results = json.loads(path.read_text())
-        holds(results, study=str, title=str, scale=str, sessions=list, parts=dict)
-        for session in results["sessions"]:
-            holds(session, machine=dict, jobs=int, seconds=(int, float))
+        holds(results, study=str, title=str, scale=str, pieces=list, parts=dict)
+        for piece in results["pieces"]:
+            holds(piece, machine=dict, jobs=int, seconds=(int, float))
         for record in results["parts"].values():
-            holds(record, settings=list, command=str, seconds=(int, float), session=int)
-            holds(results["sessions"][record["session"]], machine=dict)
+            holds(record, settings=list, command=str, seconds=(int, float), piece=int)
+            holds(results["pieces"][record["piece"]], machine=dict)
             if "rows" in record:
                 holds(record, rows=list)
             else:

@@ -232,13 +232,13 @@ def test_what_the_data_is_called(tmp_path):
         reproduce.title_of(str(tmp_path))
 
 
-WHOLE = {"study": "cifar10-small", "title": "CIFAR-10", "scale": "small", "sessions": [], "parts": {}}
+WHOLE = {"study": "cifar10-small", "title": "CIFAR-10", "scale": "small", "pieces": [], "parts": {}}
 
 
 @pytest.mark.parametrize("text", [
     '{"study": "cifar10-small", "parts": {', "[]", "{}", json.dumps({**WHOLE, "parts": []}),
     json.dumps({**WHOLE, "parts": {"0/pt": {"settings": [], "command": "", "seconds": 1}}}),
-    json.dumps({**WHOLE, "sessions": [{"machine": None}]}),
+    json.dumps({**WHOLE, "pieces": [{"machine": None}]}),
 ])
 @pytest.mark.parametrize("where", ["runs/cifar10-small/results.json", "results/cifar10-small.json"])
 def test_a_broken_results_file_is_named_and_left_alone(study, where, text):
@@ -395,7 +395,7 @@ def test_a_real_study(tmp_path):
                     assert 0 <= errors[method, features, classifier, size].of_seed["3"] <= 1
     assert errors["raw pixels", None, "knn", 100].of_seed["3"] < 0.5  # digits are easy
     assert equivariance["projective", "VTE-BA: its decoder, which never sees t", "mu", "MRR"].mean() > 0
-    machine = results["sessions"][0]["machine"]
+    machine = results["pieces"][0]["machine"]
     assert torch.__version__.startswith(machine["torch"]) and machine["cores"] >= 1
     picture = tmp_path / "errors.png"
     command = [sys.executable, ROOT / "results/figures.py", "errors", tmp_path / "runs/digits-tiny/results.json",
