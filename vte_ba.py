@@ -25,7 +25,8 @@ gave the paper its phase one (section 3.2). --steerable is ours, not the paper's
 t), which makes the loss the Barber-Agakov bound of I(z; z_hat, t), the quantity that the paper sets out to maximise
 (eq. 3) and then leaves; D(z_hat, t) is then the equivariant map in feature space that plain VTE lacks. --mean-target is
 ours too: D predicts phase one's mu. Nothing holds phase one's sigma, and where its decoder ignores a dimension that
-sigma can grow without bound; a sampled z is then little but the noise of a few dimensions (RESULTS.md).
+sigma can grow without bound; a sampled z is then little but the noise of a few dimensions. The one time that this was
+measured it mattered little (RESULTS.md).
 """
 
 import torch

@@ -164,7 +164,7 @@ def prepare_data(args):
     for split in ("train+unlabeled" if args.family == "stl" else "unlabeled", "train", "test"):
         load_images(args.dataset, split, args.data_dir, size)
     if args.family == "stl" and args.dataset == "stl10":
-        load_images("cifar10", "train", args.data_dir, size)
+        load_images("cifar10", "train", args.data_dir)  # for the transfer; both of its splits are one download
 
 
 def cores():
