@@ -4,7 +4,9 @@
 // AVX-512, for AVX2 and for every processor; which one runs is decided when the module is loaded. All give the same
 // result to the last bit (products and sums are not fused). A source image is first copied into a frame of its own,
 // with its crop and flip applied and its border repeated around it, three uint8 channels packed into one 32-bit word a
-// pixel. A tap then needs no clamping, and one 64-bit load brings two neighbouring pixels with all their channels.
+// pixel. A tap then needs no clamping, and one 64-bit load brings two neighbouring pixels with all their channels. Each
+// step runs over a block of some rows before the next begins: its setting up counts for little then, and what one step
+// stores has reached the cache when the next one loads it in other pieces.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -32,6 +34,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MINTER_X86
+#include <emmintrin.h>
 #if defined(__clang__)
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #else
@@ -48,16 +51,16 @@ using BFloat16 = torch::headeronly::BFloat16;
 // ------------------------------------------------------------------------------- blocks of pixels, to be vectorised
 
 constexpr int kLanes = 16;   // the innermost loops have this fixed length
-constexpr int kBlock = 128;  // pixels of one row that pass from step to step in the first-level cache
+constexpr int kBlock = 256;  // pixels that pass from step to step in the first-level cache: whole rows, or part of one
 
 // Where the pixels of a block are read: the top left tap of each in a frame (0 for those outside), and the fractions.
 struct Block {
-  alignas(64) int32_t at[kBlock];
-  alignas(64) int32_t inside[kBlock];  // all bits or none
-  alignas(64) float fx[kBlock], fy[kBlock];
+  alignas(64) int32_t at[kBlock + kLanes];
+  alignas(64) int32_t inside[kBlock + kLanes];  // all bits or none
+  alignas(64) float fx[kBlock + kLanes], fy[kBlock + kLanes];
 };
 
-// A source image as the taps see it: the view's window, its border repeated once around it.
+// A source image as the taps see it: the view's window, cropped and flipped, its border repeated once around it.
 struct Frame {
   int64_t rows, columns, pitch;  // of the window; words from one row of the frame to the next
   int64_t planes;                // of 32-bit words: uint8 images, one for every three channels; float, one a channel
@@ -71,50 +74,107 @@ Frame make_frame(const Warp& w) {
   return {0, 0, pitch, planes, std::vector<uint32_t>(planes * (w.height + 2) * pitch + kLanes)};
 }
 
-// `count` words of a frame from the source elements from `from` on.
+// A value in a register of its own, of which the compiler knows nothing: what depends on it is not put together to vectors.
+template <typename T>
+ALWAYS_INLINE T apart(T value) {
+#if defined(__GNUC__)
+  asm("" : "+r"(value));
+#endif
+  return value;
+}
+
+// The word of a pixel: up to three uint8 channels, or one float.
 template <int kChannels, typename In>
-ALWAYS_INLINE void copy_words(uint32_t* __restrict__ words, const In* __restrict__ from, int64_t step, int64_t stride_c,
-                              int64_t count) {
-  for (int64_t x = 0; x < count; ++x) {
-    if constexpr (std::is_same_v<In, uint8_t>) {
-      uint32_t word = from[x * step];
-      if constexpr (kChannels > 1) word |= static_cast<uint32_t>(from[stride_c + x * step]) << 8;
-      if constexpr (kChannels > 2) word |= static_cast<uint32_t>(from[2 * stride_c + x * step]) << 16;
-      words[x] = word;
-    } else {
-      words[x] = std::bit_cast<uint32_t>(from[x * step]);
-    }
+ALWAYS_INLINE uint32_t pack(const In* __restrict__ pixel, int64_t stride_c) {
+  if constexpr (std::is_same_v<In, uint8_t>) {
+    uint32_t word = pixel[0];
+    if constexpr (kChannels > 1) word |= static_cast<uint32_t>(pixel[stride_c]) << 8;
+    if constexpr (kChannels > 2) word |= static_cast<uint32_t>(pixel[2 * stride_c]) << 16;
+    return word;
+  } else {
+    return std::bit_cast<uint32_t>(pixel[0]);
   }
 }
 
-template <int kChannels, typename In>
-ALWAYS_INLINE void copy_row(uint32_t* words, const In* from, int64_t step, int64_t stride_c, int64_t count) {
-  if (step != 1 || count < kLanes) return copy_words<kChannels>(words, from, step, stride_c, count);
+// kLanes words of a frame from neighbouring pixels, forwards (kStep 1) or backwards (-1). Where every processor has SSE2,
+// with that: compilers widen bytes in many steps.
+template <int kChannels, int kStep, typename In>
+ALWAYS_INLINE void copy_lanes(uint32_t* __restrict__ words, const In* __restrict__ from, int64_t stride_c) {
+  const In* lowest = kStep > 0 ? from : from - (kLanes - 1);
+#ifdef MINTER_X86
+  const auto load = [](const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); };
+  __m128i fours[4];
+  if constexpr (std::is_same_v<In, uint8_t>) {
+    const __m128i none = _mm_setzero_si128(), first = load(lowest);
+    const __m128i second = kChannels > 1 ? load(lowest + stride_c) : none;
+    const __m128i third = kChannels > 2 ? load(lowest + 2 * stride_c) : none;
+    const __m128i lower = _mm_unpacklo_epi8(first, second), lower_third = _mm_unpacklo_epi8(third, none);
+    const __m128i upper = _mm_unpackhi_epi8(first, second), upper_third = _mm_unpackhi_epi8(third, none);
+    fours[0] = _mm_unpacklo_epi16(lower, lower_third), fours[1] = _mm_unpackhi_epi16(lower, lower_third);
+    fours[2] = _mm_unpacklo_epi16(upper, upper_third), fours[3] = _mm_unpackhi_epi16(upper, upper_third);
+  } else {
+    for (int i = 0; i < 4; ++i) fours[i] = load(lowest + 4 * i);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m128i four = kStep > 0 ? fours[i] : _mm_shuffle_epi32(fours[3 - i], 0x1b);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words + 4 * i), four);
+  }
+#else
+  for (int x = 0; x < kLanes; ++x) words[kStep > 0 ? x : kLanes - 1 - x] = pack<kChannels>(lowest + x, stride_c);
+#endif
+}
+
+// `count` words of a frame from pixels `step` apart.
+template <int kChannels, int kStep, typename In>
+ALWAYS_INLINE void copy_row(uint32_t* __restrict__ words, const In* __restrict__ from, int64_t step, int64_t stride_c,
+                            int64_t count) {
+  if (step != kStep || count < kLanes) {
+    for (int64_t x = 0; x < count; ++x) words[x] = pack<kChannels>(from + x * step, stride_c);
+    return;
+  }
   for (int64_t x = 0; x + kLanes <= count; x += kLanes) {
-    copy_words<kChannels>(words + x, from + x, 1, stride_c, kLanes);
+    copy_lanes<kChannels, kStep>(words + x, from + x * kStep, stride_c);
   }
   const int64_t last = count - kLanes;  // what remains, some of it once more
-  copy_words<kChannels>(words + last, from + last, 1, stride_c, kLanes);
+  if (count % kLanes != 0) copy_lanes<kChannels, kStep>(words + last, from + last * kStep, stride_c);
 }
 
-// One plane of a frame. A flipped view's is mirrored, as the source is.
+// Frame columns [first, past) are source columns origin, origin + step, ...; the others are black.
+struct Columns { int64_t origin, step, first, past; };
+
+ALWAYS_INLINE Columns source_columns(const Warp& w, const View& view) {
+  const int64_t columns = view.end - view.left;
+  if (view.flip) {
+    const int64_t origin = view.right + w.width - 1 - view.left, first = clamp(origin - w.width + 1, 0, columns);
+    return {origin, -1, first, clamp(origin + 1, first, columns)};
+  }
+  const int64_t origin = view.right + view.left, first = clamp(-origin, 0, columns);
+  return {origin, 1, first, clamp(w.width - origin, first, columns)};
+}
+
+// One plane of a frame.
 template <int kChannels, typename In>
 ALWAYS_INLINE void fill_plane(const Warp& w, const View& view, const Frame& frame, uint32_t* plane, int64_t channel) {
   const In* image = static_cast<const In*>(w.images) + view.image * w.stride_n + channel * w.stride_c;
-  // Frame columns [0, columns) are source columns from `origin` on; those before `first` and from `past` on are black.
-  const int64_t origin = view.right + (view.flip ? w.width - view.end : view.left);
-  const int64_t first = clamp(-origin, 0, frame.columns), past = clamp(w.width - origin, first, frame.columns);
+  const Columns c = source_columns(w, view);
   for (int64_t y = view.top; y < view.bottom; ++y) {
     uint32_t* row = plane + (y - view.top + 1) * frame.pitch + 1;
     const int64_t source = y + view.down;
-    if (source < 0 || source >= w.height || first == past) {
+    if (source < 0 || source >= w.height || c.first == c.past) {
       std::memset(row, 0, frame.columns * sizeof(uint32_t));
-    } else {
-      for (int64_t x = 0; x < first; ++x) row[x] = 0;
-      const In* from = image + source * w.stride_h + (origin + first) * w.stride_w;
-      copy_row<kChannels>(row + first, from, w.stride_w, w.stride_c, past - first);
-      for (int64_t x = past; x < frame.columns; ++x) row[x] = 0;
+      continue;
     }
+    for (int64_t x = 0; x < c.first; ++x) row[x] = 0;
+    const In* from = image + source * w.stride_h + (c.origin + c.step * c.first) * w.stride_w;
+    if (view.flip) {
+      copy_row<kChannels, -1>(row + c.first, from, -w.stride_w, w.stride_c, c.past - c.first);
+    } else {
+      copy_row<kChannels, 1>(row + c.first, from, w.stride_w, w.stride_c, c.past - c.first);
+    }
+    for (int64_t x = c.past; x < frame.columns; ++x) row[x] = 0;
+  }
+  for (int64_t y = 1; y <= frame.rows; ++y) {  // afterwards: to read what was just written would wait for it
+    uint32_t* row = plane + y * frame.pitch + 1;
     row[-1] = row[0];
     row[frame.columns] = row[frame.columns - 1];
   }
@@ -147,63 +207,80 @@ ALWAYS_INLINE float select(int32_t mask, float value, float other) {
   return std::bit_cast<float>((std::bit_cast<uint32_t>(value) & bits) | (std::bit_cast<uint32_t>(other) & ~bits));
 }
 
-// What turns a point into a place of the frame. A flipped view's frame is mirrored: there column `left` is column
-// columns - left (which is ~left + columns + 1), and the fraction 1 - fx.
-struct Placing {
-  float start, sign;
-  int32_t columns, rows, pitch, mirror, origin;
+// The blocks of an image: as many whole rows as fit into one, or parts of a row.
+struct Blocks {
+  int64_t rows, columns;
+  std::vector<float> x;  // of each column's centre, counted from the image's; the last one's again beyond the row
 };
 
-// column, row: of the frame, border included; 0 where mask is.
-template <typename Real>
-ALWAYS_INLINE void place(const Placing p, Real column, Real row, int32_t mask, int32_t* __restrict__ at,
-                         int32_t* __restrict__ inside, float* __restrict__ fx, float* __restrict__ fy) {
-  int32_t left = static_cast<int32_t>(column), top = static_cast<int32_t>(row);
-  left = left < p.columns ? left : p.columns, top = top < p.rows ? top : p.rows;  // had the sum been rounded up
-  *inside = mask;
-  *fx = p.start + p.sign * static_cast<float>(column - static_cast<Real>(left));
-  *fy = static_cast<float>(row - static_cast<Real>(top));
-  *at = (top * p.pitch + (left ^ p.mirror) + p.origin) & mask;
+Blocks make_blocks(const Warp& w) {
+  Blocks blocks{std::max<int64_t>(1, kBlock / w.width), std::min<int64_t>(kBlock, w.width), {}};
+  blocks.x.resize(w.width + kLanes);
+  for (int64_t i = 0; i < w.width + kLanes; ++i) {
+    blocks.x[i] = static_cast<float>(std::min(i, w.width - 1) + 0.5 - 0.5 * w.width);
+  }
+  return blocks;
 }
 
-// Source points of `count` pixels (a multiple of kLanes) of output row y from column x on.
-ALWAYS_INLINE void locate(const Warp& w, const Coefficients& k, const CentredMap& m, const View& view,
-                          const Frame& frame, int64_t row, int64_t column, int count, Block& block) {
-  const float y = static_cast<float>(row + 0.5 - 0.5 * w.height);
-  const float first = static_cast<float>(column + 0.5 - 0.5 * w.width);
-  const float au = m.au, bu = m.bu * y + m.cu, av = m.av, bv = m.bv * y + m.cv, g = m.g, h = m.h * y + m.w;
-  const float half_u = m.half_u, half_v = m.half_v, doubt_u = m.doubt_u, doubt_v = m.doubt_v;
-  const int32_t columns = frame.columns, rows = frame.rows, pitch = frame.pitch;
-  const float to_column = half_u + 0.5f, to_row = half_v + 0.5f;
-  const Placing p{view.flip ? 1.0f : 0.0f, view.flip ? -1.0f : 1.0f,
-                  columns, rows, pitch, view.flip ? -1 : 0, view.flip ? columns + 1 : 0};
-  int32_t certain = 0;
-  for (int j = 0; j < count; ++j) {
-    const float x = first + static_cast<float>(j), inverse = 1.0f / (g * x + h);
-    const float u = (au * x + bu) * inverse, v = (av * x + bv) * inverse;
-    const float past_u = std::fabs(u) - half_u, past_v = std::fabs(v) - half_v;
-    const int32_t sure_u = std::fabs(past_u) > doubt_u ? 1 : 0, sure_v = std::fabs(past_v) > doubt_v ? 1 : 0;
-    const int32_t inside_u = past_u < 0.0f ? -1 : 0, inside_v = past_v < 0.0f ? -1 : 0, mask = inside_u & inside_v;
-    certain += sure_u & sure_v;
-    place(p, select(mask, u + to_column, 0.0f), select(mask, v + to_row, 0.0f), mask, block.at + j, block.inside + j,
-          block.fx + j, block.fy + j);
+// A point's place in the frame. column, row: border included, within [0.5, size + 0.5]; 0 where mask is.
+template <typename Real>
+ALWAYS_INLINE void place(const Frame& frame, Real column, Real row, int32_t mask, Block& block, int64_t i) {
+  const int32_t left = static_cast<int32_t>(column), top = static_cast<int32_t>(row);
+  block.inside[i] = mask;
+  block.fx[i] = static_cast<float>(column - static_cast<Real>(left));
+  block.fy[i] = static_cast<float>(row - static_cast<Real>(top));
+  block.at[i] = top * static_cast<int32_t>(frame.pitch) + left;
+}
+
+ALWAYS_INLINE int32_t bits_of(float value) { return std::bit_cast<int32_t>(value); }
+
+// Source points of a block: `rows` rows of `columns` pixels, one after the other. Returns their number rounded up to
+// whole vectors, the last of them filled.
+ALWAYS_INLINE int locate(const Warp& w, const Blocks& blocks, const Coefficients& k, const CentredMap& m,
+                         const View& view, const Frame& frame, int64_t row, int64_t column, int64_t rows,
+                         int64_t columns, Block& block) {
+  const float* centres = blocks.x.data() + column;
+  const float to_column = m.half_u + 0.5f, to_row = m.half_v + 0.5f;
+  alignas(64) int32_t doubts[kLanes] = {};  // negative where float32 cannot tell on which side of the border a point is
+  for (int64_t r = 0; r < rows && !m.exact; ++r) {
+    const float y = static_cast<float>(row + r + 0.5 - 0.5 * w.height);
+    const float bu = m.bu * y + m.cu, bv = m.bv * y + m.cv, h = m.h * y + m.w;
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const float x = centres[i + lane], inverse = 1.0f / (m.g * x + h);
+        const float u = (m.au * x + bu) * inverse, v = (m.av * x + bv) * inverse;
+        const float past_u = std::fabs(u) - m.half_u, past_v = std::fabs(v) - m.half_v;
+        const int32_t mask = (bits_of(past_u) & bits_of(past_v)) >> 31;  // both negative: all bits, else none
+        doubts[lane] |= bits_of(std::fabs(past_u) - m.doubt_u) | bits_of(std::fabs(past_v) - m.doubt_v);
+        place(frame, select(mask, u + to_column, 0.0f), select(mask, v + to_row, 0.0f), mask, block,
+              r * columns + i + lane);
+      }
+    }
   }
-  if (certain == count && !m.exact) return;
-  for (int j = 0; j < count; ++j) {
-    const Point point = source_point(k, row, column + j);
-    const bool is_inside = inside(view, point);
-    place(p, is_inside ? point.u - view.left + 0.5 : 0.0, is_inside ? point.v - view.top + 0.5 : 0.0,
-          -static_cast<int32_t>(is_inside), block.at + j, block.inside + j, block.fx + j, block.fy + j);
+  int32_t doubt = m.exact ? -1 : 0;
+  for (int lane = 0; lane < kLanes; ++lane) doubt |= doubts[lane];
+  for (int64_t r = 0; r < rows && doubt < 0; ++r) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const Point point = source_point(k, row + r, column + j);
+      const bool within = inside(view, point);
+      place(frame, within ? point.u - view.left + 0.5 : 0.0, within ? point.v - view.top + 0.5 : 0.0,
+            -static_cast<int32_t>(within), block, r * columns + j);
+    }
   }
+  const int wanted = static_cast<int>(rows * columns), count = (wanted + kLanes - 1) / kLanes * kLanes;
+  for (int i = wanted; i < count; ++i) block.inside[i] = 0, block.at[i] = 0, block.fx[i] = 0, block.fy[i] = 0;
+  return count;
 }
 
 // The two upper and the two lower taps of each pixel of the block, side by side.
 ALWAYS_INLINE void load_taps(const uint32_t* plane, int64_t pitch, const Block& block, int count,
                              uint32_t* __restrict__ above, uint32_t* __restrict__ below) {
-  for (int i = 0; i < count; ++i) {
-    const uint32_t* from = plane + block.at[i];
-    std::memcpy(above + 2 * i, from, 2 * sizeof(uint32_t));
-    std::memcpy(below + 2 * i, from + pitch, 2 * sizeof(uint32_t));
+  const uint32_t* under = apart(plane + pitch);
+  for (int i = 0; i < count; i += 8) {
+    int64_t at[8];
+    for (int j = 0; j < 8; ++j) at[j] = apart<int64_t>(block.at[i + j]);
+    for (int j = 0; j < 8; ++j) std::memcpy(above + 2 * (i + j), plane + at[j], 2 * sizeof(uint32_t));
+    for (int j = 0; j < 8; ++j) std::memcpy(below + 2 * (i + j), under + at[j], 2 * sizeof(uint32_t));
   }
 }
 
@@ -245,6 +322,26 @@ ALWAYS_INLINE float normalized(float value, float scale, float offset) {
 
 struct Normalization { float fill, scale[3], offset[3]; };  // of the channels in one word
 
+// One channel of four words, interpolated. uint8: its bits are put into the last places of 2^23, which is then taken
+// away; the second channel is taken where it lies, 256 times as large.
+template <int kChannel, typename In>
+ALWAYS_INLINE float bilinear(uint32_t p00, uint32_t p01, uint32_t p10, uint32_t p11, float fx, float fy) {
+  if constexpr (std::is_same_v<In, uint8_t>) {
+    const auto among = [](uint32_t word) {
+      const uint32_t channel = kChannel == 0 ? word & 0xffu : kChannel == 1 ? word & 0xff00u : word >> 16;
+      return std::bit_cast<float>(channel | 0x4b000000u);
+    };
+    const float t00 = among(p00), t01 = among(p01), t10 = among(p10), t11 = among(p11);
+    const float above = (t00 - 8388608.0f) + fx * (t01 - t00), below = (t10 - 8388608.0f) + fx * (t11 - t10);
+    const float value = above + fy * (below - above);
+    return kChannel == 1 ? value * (1.0f / 256) : value;
+  } else {
+    const float gx = 1 - fx, gy = 1 - fy;
+    return (std::bit_cast<float>(p00) * gx + std::bit_cast<float>(p01) * fx) * gy +
+           (std::bit_cast<float>(p10) * gx + std::bit_cast<float>(p11) * fx) * fy;
+  }
+}
+
 // The kChannels channels of a block's words, interpolated, filled, normalised, converted, each to its own output.
 template <int kChannels, typename In, typename Out, typename Stored>
 ALWAYS_INLINE void interpolate(const Block& block, const uint32_t* __restrict__ above,
@@ -253,27 +350,23 @@ ALWAYS_INLINE void interpolate(const Block& block, const uint32_t* __restrict__ 
   const float fill = k.fill, scale0 = k.scale[0], scale1 = k.scale[1], scale2 = k.scale[2];
   const float offset0 = k.offset[0], offset1 = k.offset[1], offset2 = k.offset[2];
   for (int j = 0; j < count; ++j) {
-    const float fx = block.fx[j], fy = block.fy[j], gx = 1 - fx, gy = 1 - fy;
+    const float fx = block.fx[j], fy = block.fy[j];
     const uint32_t p00 = above[2 * j], p01 = above[2 * j + 1], p10 = below[2 * j], p11 = below[2 * j + 1];
-#define CHANNEL(shift)                                                         \
-  select(block.inside[j],                                                      \
-         (tap<In>(p00, shift) * gx + tap<In>(p01, shift) * fx) * gy +          \
-             (tap<In>(p10, shift) * gx + tap<In>(p11, shift) * fx) * fy,       \
-         fill)
-    first[j] = converted<Out>(normalized<Out>(CHANNEL(0), scale0, offset0));
-    if constexpr (kChannels > 1) second[j] = converted<Out>(normalized<Out>(CHANNEL(8), scale1, offset1));
-    if constexpr (kChannels > 2) third[j] = converted<Out>(normalized<Out>(CHANNEL(16), scale2, offset2));
-#undef CHANNEL
+#define VALUE(channel) select(block.inside[j], bilinear<channel, In>(p00, p01, p10, p11, fx, fy), fill)
+    first[j] = converted<Out>(normalized<Out>(VALUE(0), scale0, offset0));
+    if constexpr (kChannels > 1) second[j] = converted<Out>(normalized<Out>(VALUE(1), scale1, offset1));
+    if constexpr (kChannels > 2) third[j] = converted<Out>(normalized<Out>(VALUE(2), scale2, offset2));
+#undef VALUE
   }
 }
 
-// Images taken by index lie anywhere in memory: the next one is fetched while this one is worked on.
+// The next image, which may lie anywhere in memory, is fetched while this one is worked on.
 template <typename In>
 ALWAYS_INLINE void prefetch(const Warp& w, int64_t n) {
 #if defined(__GNUC__)
   const int64_t row = w.width * static_cast<int64_t>(sizeof(In));
-  if (!w.index || w.stride_w != 1 || w.channels * w.height * row > 32768) return;
-  const In* image = static_cast<const In*>(w.images) + w.index[n] * w.stride_n;
+  if (w.stride_w != 1 || w.channels * w.height * row > 32768) return;
+  const In* image = static_cast<const In*>(w.images) + (w.index ? w.index[n] : n) * w.stride_n;
   const bool dense = w.stride_h == w.width;
   for (int64_t c = 0; c < w.channels; ++c) {
     for (int64_t y = 0; y < (dense ? 1 : w.height); ++y) {
@@ -293,6 +386,7 @@ ALWAYS_INLINE void forward_images(const Warp& w, int64_t begin, int64_t end, voi
   alignas(64) uint32_t above[2 * kBlock], below[2 * kBlock];
   alignas(64) Stored made[3][kBlock + 32];  // written to first: the planes of small images lie 4 KiB apart, which stalls
   const int64_t pixels = w.height * w.width;
+  const Blocks blocks = make_blocks(w);
   for (int64_t n = begin; n < end; ++n) {
     const Coefficients coefficients = load_coefficients(w, n);
     const View view = load_view(w, n);
@@ -300,11 +394,11 @@ ALWAYS_INLINE void forward_images(const Warp& w, int64_t begin, int64_t end, voi
     fill_frame<In>(w, view, frame);
     if (n + 1 < end) prefetch<In>(w, n + 1);
     Stored* output = static_cast<Stored*>(all) + n * w.channels * pixels;
-    for (int64_t y = 0; y < w.height; ++y) {
-      for (int64_t x = 0; x < w.width; x += kBlock) {
-        const int wanted = static_cast<int>(std::min<int64_t>(kBlock, w.width - x));
-        const int count = (wanted + kLanes - 1) / kLanes * kLanes;
-        locate(w, coefficients, map, view, frame, y, x, count, block);
+    for (int64_t y = 0; y < w.height; y += blocks.rows) {
+      for (int64_t x = 0; x < w.width; x += blocks.columns) {
+        const int64_t rows = std::min(blocks.rows, w.height - y), columns = std::min(blocks.columns, w.width - x);
+        const int wanted = static_cast<int>(rows * columns);
+        const int count = locate(w, blocks, coefficients, map, view, frame, y, x, rows, columns, block);
         for (int64_t c = 0; c < w.channels; c += packed) {
           const uint32_t* plane = frame.words.data() + c / packed * (w.height + 2) * frame.pitch;
           load_taps(plane, frame.pitch, block, count, above, below);
@@ -354,17 +448,16 @@ ALWAYS_INLINE void locate_points(const Coefficients& k, const Block& block, int6
   }
 }
 
-// du, dv += d loss / d (u, v) through one channel. along: -1 for a mirrored frame, else 1.
+// du, dv += d loss / d (u, v) through one channel.
 template <typename In>
 ALWAYS_INLINE void add_point_gradients(const Block& block, const uint32_t* __restrict__ above,
                                        const uint32_t* __restrict__ below, int shift, const float* __restrict__ grad,
-                                       float scale, float along, int count, float* __restrict__ du,
-                                       float* __restrict__ dv) {
+                                       float scale, int count, float* __restrict__ du, float* __restrict__ dv) {
   for (int j = 0; j < count; ++j) {
     const float fx = block.fx[j], fy = block.fy[j], g = grad[j] * scale;
     const float p00 = tap<In>(above[2 * j], shift), p01 = tap<In>(above[2 * j + 1], shift);
     const float p10 = tap<In>(below[2 * j], shift), p11 = tap<In>(below[2 * j + 1], shift);
-    const float along_x = along * g * ((p01 - p00) * (1 - fy) + (p11 - p10) * fy);
+    const float along_x = g * ((p01 - p00) * (1 - fy) + (p11 - p10) * fy);
     const float along_y = g * ((p10 - p00) * (1 - fx) + (p11 - p01) * fx);
     du[j] += select(block.inside[j], along_x, 0.0f);
     dv[j] += select(block.inside[j], along_y, 0.0f);
@@ -417,10 +510,8 @@ ALWAYS_INLINE void empty_plane(const Warp& w, const View& view, const Frame& fra
     row[columns - 1] += row[columns];
     const int64_t source = y + view.down;
     if (source < 0 || source >= w.height) continue;
-    const int64_t origin = view.right + (view.flip ? w.width - view.end : view.left);
-    for (int64_t x = clamp(-origin, 0, columns); x < columns && origin + x < w.width; ++x) {
-      image[source * w.width + origin + x] = row[x];
-    }
+    const Columns c = source_columns(w, view);
+    for (int64_t x = c.first; x < c.past; ++x) image[source * w.width + c.origin + c.step * x] = row[x];
   }
 }
 
@@ -430,6 +521,7 @@ ALWAYS_INLINE void backward_images(const Warp& w, int64_t begin, int64_t end, co
   constexpr int64_t packed = kPacked<In>;
   const int64_t pixels = w.height * w.width;
   Frame frame = make_frame<In>(w);
+  const Blocks blocks = make_blocks(w);
   const int64_t plane_words = (w.height + 2) * frame.pitch;
   std::vector<float> gradients(grad_images ? w.channels * plane_words + kLanes : 0);
   Block block;
@@ -448,9 +540,7 @@ ALWAYS_INLINE void backward_images(const Warp& w, int64_t begin, int64_t end, co
     for (int64_t y = 0; y < w.height; ++y) {
       for (int64_t x = 0; x < w.width; x += kBlock) {
         const int wanted = static_cast<int>(std::min<int64_t>(kBlock, w.width - x));
-        const int count = (wanted + kLanes - 1) / kLanes * kLanes;
-        locate(w, coefficients, map, view, frame, y, x, count, block);
-        for (int i = wanted; i < count; ++i) block.inside[i] = 0, block.at[i] = 0;  // beyond the row
+        const int count = locate(w, blocks, coefficients, map, view, frame, y, x, 1, wanted, block);
         if (grad_coefficients) {
           locate_points(coefficients, block, y, x, count, points);
           std::memset(du, 0, sizeof du), std::memset(dv, 0, sizeof dv);
@@ -468,7 +558,7 @@ ALWAYS_INLINE void backward_images(const Warp& w, int64_t begin, int64_t end, co
               load_taps(plane, frame.pitch, block, count, above, below);
             }
             add_point_gradients<In>(block, above, below, static_cast<int>(c % packed) * 8, grad, scale,
-                                    view.flip ? -1.0f : 1.0f, count, du, dv);
+                                    count, du, dv);
           }
           if (grad_images) {
             scatter(block, grad, scale, frame.pitch, count, gradients.data() + c * plane_words);
