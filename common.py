@@ -290,13 +290,26 @@ def compiled_for(images):
     return True
 
 
-def projective_warp(images, coefficients, fill=128.0):
+def check_out(out, shape, dtype, inputs):
+    """Raises ValueError unless the result of a warp may be written into this tensor."""
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out is to be a tensor, not {type(out).__name__}")
+    if (tuple(out.shape), out.dtype, out.device) != (tuple(shape), dtype, inputs[0].device) or not out.is_contiguous():
+        raise ValueError(f"out is to be contiguous, {tuple(shape)} {dtype} on {inputs[0].device}, "
+                         f"not {tuple(out.shape)} {out.dtype} on {out.device}")
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*inputs, out)):
+        raise ValueError("a warp into out has no gradient: leave out away, or detach the tensors")
+
+
+def projective_warp(images, coefficients, fill=128.0, out=None):
     """Warps each image by its own projective map, as PIL's Image.transform(PERSPECTIVE, BILINEAR, fillcolor) does.
 
     images: (N, C, H, W), uint8 or float32 (float64 also; half types are computed in float32), any strides.
     coefficients: (N, 8), (a, b, c, d, e, f, g, h) with u = (ax + by + c) / (gx + hy + 1) and
     v = (dx + ey + f) / (gx + hy + 1) from the centre (x, y) of an output pixel to the point (u, v) read, pixel centres
-    at + 0.5. fill: value outside the image. Returns the type and shape of images, contiguous; differentiable with
+    at + 0.5. fill: value outside the image. out: what to write the result into and return, contiguous, sharing no
+    memory with what is read (a new batch of hundreds of megabytes is handed out by the system more slowly than it is
+    filled); None for a new tensor. Returns the type and shape of images, contiguous; without out, differentiable with
     respect to float images and the coefficients, once and backwards (to forward mode, torch.func.jvp, it is constant).
     Which pixels are filled is decided in float64; up to 256 pixels a side the points are otherwise float32, within 0.01
     grey levels of the reference's float64. Raises ValueError and TypeError, and RuntimeError for more elements than
@@ -307,45 +320,59 @@ def projective_warp(images, coefficients, fill=128.0):
     if images.dim() != 4 or coefficients.shape != (len(images), 8):
         raise ValueError(f"projective_warp takes images (N, C, H, W) and coefficients (N, 8), "
                          f"not {tuple(images.shape)} and {tuple(coefficients.shape)}")
-    if images.dtype in (torch.float16, torch.bfloat16):
-        return projective_warp(images.float(), coefficients, fill).to(images.dtype)
-    if images.dtype not in (torch.uint8, torch.float32, torch.float64):
+    if images.dtype not in (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"projective_warp takes uint8 or float32 images, not {images.dtype}")
     if not coefficients.is_floating_point():
         raise TypeError(f"projective_warp takes floating-point coefficients, not {coefficients.dtype}")
     if images.device != coefficients.device:
         raise ValueError(f"images are on {images.device} and coefficients on {coefficients.device}; move one of them")
+    if out is not None:
+        check_out(out, images.shape, images.dtype, (images, coefficients))
+    if images.dtype in (torch.float16, torch.bfloat16):
+        warped = projective_warp(images.float(), coefficients, fill)
+        return warped.to(images.dtype) if out is None else out.copy_(warped)
     if not compiled_for(images):
-        return projective_warp_reference(images, coefficients, fill)
+        warped = projective_warp_reference(images, coefficients, fill)
+        return warped if out is None else out.copy_(warped)
     if coefficients.dtype not in (torch.float32, torch.float64):
         coefficients = coefficients.float()
-    return torch.ops.minter.warp(images, coefficients.contiguous(), None, None, None, None, None, fill, images.dtype)
+    return _compiled_warp(images, coefficients.contiguous(), None, None, None, None, None, fill, images.dtype, out)
 
 
 def warp_batch(images, index, crops=None, coefficients=None, scale=None, shift=None, dtype=torch.float32, fill=128.0,
-               window=None):
+               window=None, out=None):
     """What a training step needs, in one pass over the output: take, crop and flip, warp, normalise.
 
     images: the data set, (M, C, H, W) uint8 (float32 also). index: (N,) int64, which images. crops: (N, 3) int64 from
     `sample_crops`, or None. coefficients: (N, 8), or None for no warp. scale, shift: (C,) float32 from `normalization`,
     output = value * scale + shift. dtype: float32 or bfloat16. window: (N, 4) int64 rows (top, left, height, width),
-    all that the warp sees of each cropped and flipped image, in whose coordinates it stays; None for everything.
-    Returns (N, C, H, W). Raises ValueError and RuntimeError for arguments that do not fit. An index out of range raises
-    on the CPU; on CUDA the compiled form, which would have to wait for it, makes that image NaN.
+    all that the warp sees of each cropped and flipped image, in whose coordinates it stays; None for everything. out:
+    as for `projective_warp`, its type in place of dtype. Returns (N, C, H, W). Raises ValueError and RuntimeError for
+    arguments that do not fit. An index out of range raises on the CPU; on CUDA the compiled form, which would have to
+    wait for it, makes that image NaN.
     """
     if window is not None and coefficients is None:
         raise ValueError("warp_batch takes a window with coefficients only")
+    if out is not None:
+        check_out(out, (len(index), *images.shape[1:]), out.dtype, (images, coefficients, scale, shift))
     if coefficients is not None:
         double = coefficients.dtype == torch.float64
         coefficients = (coefficients if double else coefficients.float()).contiguous()
     if compiled_for(images):
-        return torch.ops.minter.warp(images, coefficients, index, crops, window, scale, shift, fill, dtype)
+        return _compiled_warp(images, coefficients, index, crops, window, scale, shift, fill, dtype, out)
     batch = images.index_select(0, index).float()
     batch = batch if crops is None else crop_and_flip_reference(batch, crops)
     batch = batch if coefficients is None else projective_warp_reference(batch, coefficients, fill, window)
     batch = batch if scale is None else batch * scale[:, None, None]
     batch = batch if shift is None else batch + shift[:, None, None]
-    return batch.to(dtype)
+    return batch.to(dtype) if out is None else out.copy_(batch)
+
+
+def _compiled_warp(images, coefficients, index, crops, window, scale, shift, fill, dtype, out):
+    if out is None:
+        return torch.ops.minter.warp(images, coefficients, index, crops, window, scale, shift, fill, dtype)
+    torch.ops.minter.warp_out(images, coefficients, index, crops, window, scale, shift, fill, out)
+    return out
 
 
 def normalization(mean, std, device="cpu"):
@@ -364,6 +391,10 @@ if minter_warp is not None:
     def _(images, coefficients, index, crop, window, scale, shift, fill, dtype):
         _check_devices(images, coefficients, index, crop, window, scale, shift)
         return images.new_empty((len(images) if index is None else len(index), *images.shape[1:]), dtype=dtype)
+
+    @torch.library.register_fake("minter::warp_out")
+    def _(images, coefficients, index, crop, window, scale, shift, fill, out):
+        _check_devices(images, coefficients, index, crop, window, scale, shift, out)
 
     @torch.library.register_fake("minter::warp_backward")
     def _(grad, images, coefficients, index, crop, window, scale, images_needed, coefficients_needed):

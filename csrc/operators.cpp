@@ -1,5 +1,5 @@
-// minter::warp and minter::warp_backward: what they accept, and their registration with PyTorch's dispatcher through its
-// stable C++ interface (torch 2.10 and newer).
+// minter::warp, minter::warp_out and minter::warp_backward: what they accept, and their registration with PyTorch's
+// dispatcher through its stable C++ interface (torch 2.10 and newer).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -96,17 +96,15 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
-            const std::optional<Tensor>& crop, const std::optional<Tensor>& window, const std::optional<Tensor>& scale,
-            const std::optional<Tensor>& shift, double fill, ScalarType dtype) {
-  const Warp w = make_warp(images, coefficients, index, crop, window, scale, shift, fill);
-  const Type in = type_of(images.scalar_type()), out = type_of(dtype);
+void check_types(const Warp& w, Type in, Type out) {
   STD_TORCH_CHECK(in == out || (in != Type::float64 && (out == Type::float32 || out == Type::bfloat16)),
                   "minter::warp: the output is to have the type of the images, or float32 or bfloat16");
-  STD_TORCH_CHECK(out != Type::uint8 || (!scale && !shift), "minter::warp: uint8 output takes no scale and no shift");
-  const bool any = has_elements(w);
-  Tensor output = torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
-  if (!any) return output;
+  STD_TORCH_CHECK(out != Type::uint8 || (!w.scale && !w.shift),
+                  "minter::warp: uint8 output takes no scale and no shift");
+}
+
+void run(const Warp& w, const Tensor& images, Type out, Tensor& output) {
+  const Type in = type_of(images.scalar_type());
   if (images.is_cuda()) {
 #ifdef MINTER_CUDA
     const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
@@ -115,7 +113,48 @@ Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, con
   } else {
     warp_cpu(w, in, out, output.mutable_data_ptr());
   }
+}
+
+Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
+            const std::optional<Tensor>& crop, const std::optional<Tensor>& window, const std::optional<Tensor>& scale,
+            const std::optional<Tensor>& shift, double fill, ScalarType dtype) {
+  const Warp w = make_warp(images, coefficients, index, crop, window, scale, shift, fill);
+  const Type out = type_of(dtype);
+  check_types(w, type_of(images.scalar_type()), out);
+  const bool any = has_elements(w);
+  Tensor output = torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
+  if (any) run(w, images, out, output);
   return output;
+}
+
+// Whether two tensors take up some of the same memory, as far as their first and last bytes tell.
+bool may_overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto end = [](const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) + (last + 1) * tensor.element_size();
+  };
+  return reinterpret_cast<uintptr_t>(a.const_data_ptr()) < end(b) &&
+         reinterpret_cast<uintptr_t>(b.const_data_ptr()) < end(a);
+}
+
+void warp_out(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
+              const std::optional<Tensor>& crop, const std::optional<Tensor>& window,
+              const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double fill, Tensor output) {
+  const Warp w = make_warp(images, coefficients, index, crop, window, scale, shift, fill);
+  const Type out = type_of(output.scalar_type());
+  check_types(w, type_of(images.scalar_type()), out);
+  STD_TORCH_CHECK(output.dim() == 4 && output.size(0) == w.batch && output.size(1) == w.channels &&
+                      output.size(2) == w.height && output.size(3) == w.width && output.is_contiguous() &&
+                      same_device(output, images),
+                  "minter::warp_out: out is to be contiguous, of the shape of the result, on the device of the images");
+  aligned<void>(output.const_data_ptr(), output.element_size(), "out");
+  if (!has_elements(w)) return;
+  for (const auto& read : {std::optional<Tensor>(images), coefficients, index, crop, window, scale, shift}) {
+    STD_TORCH_CHECK(!read || !may_overlap(*read, output), "minter::warp_out: out shares memory with what is read");
+  }
+  run(w, images, out, output);
 }
 
 // Gradients with respect to the images (zeros of no elements when not asked for) and the coefficients (likewise).
@@ -161,18 +200,23 @@ STABLE_TORCH_LIBRARY(minter, m) {
       "warp(Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? window, Tensor? scale, "
       "Tensor? shift, float fill, ScalarType dtype) -> Tensor");
   m.def(
+      "warp_out(Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? window, Tensor? scale, "
+      "Tensor? shift, float fill, Tensor(a!) out) -> ()");
+  m.def(
       "warp_backward(Tensor grad, Tensor images, Tensor? coefficients, Tensor? index, Tensor? crop, Tensor? window, "
       "Tensor? scale, bool images_needed, bool coefficients_needed) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minter, CPU, m) {
   m.impl("warp", TORCH_BOX(&warp));
+  m.impl("warp_out", TORCH_BOX(&warp_out));
   m.impl("warp_backward", TORCH_BOX(&warp_backward));
 }
 
 #ifdef MINTER_CUDA
 STABLE_TORCH_LIBRARY_IMPL(minter, CUDA, m) {
   m.impl("warp", TORCH_BOX(&warp));
+  m.impl("warp_out", TORCH_BOX(&warp_out));
   m.impl("warp_backward", TORCH_BOX(&warp_backward));
 }
 #endif

@@ -433,6 +433,61 @@ def test_only_the_gradients_asked_for_and_no_second_derivative():
     assert not projective_warp(random_images(3, 5, 6), coefficients).requires_grad  # uint8 has no gradient
 
 
+# ------------------------------------------------------------------------------------------ into a tensor that is there
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_out_gets_what_a_new_tensor_would(device):
+    coefficients = draw(5, 32).to(device)
+    for dtype in (torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        images = random_images(5, dtype=dtype).to(device)
+        out = torch.full_like(images, 77)
+        memory = out.data_ptr()
+        assert projective_warp(images, coefficients, 3.0, out=out) is out and out.data_ptr() == memory
+        assert torch.equal(out, projective_warp(images, coefficients, 3.0))
+    images, index, crops = random_images(9).to(device), torch.tensor([8, 0, 3, 3, 1], device=device), sample_crops(5, 32)
+    arguments = images, index, crops.to(device), coefficients, *normalization((0.5,) * 3, (0.2,) * 3, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.full((5, 3, 32, 32), 77, dtype=dtype, device=device)
+        assert warp_batch(*arguments, out=out) is out
+        assert torch.equal(out, warp_batch(*arguments, dtype=dtype))
+
+
+def test_an_out_that_does_not_fit_is_refused_and_left_alone():
+    images, coefficients = random_images(4), draw(4, 32)
+    out = torch.full_like(images, 77)
+    for wrong, message in [(out[:3], "out is to be contiguous, \\(4, 3, 32, 32\\)"), (out.float(), "uint8"),
+                           (out.transpose(2, 3), "contiguous"), (torch.empty_like(images, device="meta"), "meta")]:
+        with pytest.raises(ValueError, match=message):
+            projective_warp(images, coefficients, out=wrong)
+    with pytest.raises(TypeError, match="out is to be a tensor, not list"):
+        projective_warp(images, coefficients, out=[])
+    with pytest.raises(ValueError, match="out is to be contiguous"):
+        warp_batch(images, torch.arange(3), out=out.float())
+    with pytest.raises(RuntimeError, match="uint8 output takes no scale"):
+        warp_batch(images, torch.arange(4), None, coefficients, torch.ones(3), out=out)
+    with pytest.raises(ValueError, match="has no gradient"):
+        projective_warp(images.float(), coefficients.clone().requires_grad_(), out=out.float())
+    with torch.no_grad():
+        projective_warp(images.float(), coefficients.clone().requires_grad_(), out=out.float())
+    assert (out == 77).all()
+
+
+def test_an_out_that_shares_memory_with_what_is_read_is_refused():
+    both = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    both[:4] = random_images(4, 8, 8)
+    before = both.clone()
+    for images, out in [(both[:4], both[:4]), (both[:4], both[1:]), (both[1:], both[:4])]:
+        with pytest.raises(RuntimeError, match="shares memory"):
+            projective_warp(images, draw(4, 8), out=out)
+    coefficients = torch.zeros(3 * 64 + 8)
+    with pytest.raises(RuntimeError, match="shares memory"):
+        projective_warp(torch.zeros(1, 3, 8, 8), coefficients[-8:][None], out=coefficients[8:].view(1, 3, 8, 8))
+    assert torch.equal(both, before)
+    projective_warp(both[:2], draw(2, 8), out=both[2:4])  # next to each other
+    assert torch.equal(both[2:4], projective_warp(before[:2], draw(2, 8)))
+
+
 # ------------------------------------------------------------------------------------------- compile, autocast, opcheck
 
 
@@ -452,6 +507,10 @@ def test_opcheck(device):
     ]
     for sample in samples:
         torch.library.opcheck(torch.ops.minter.warp, sample)
+    for *sample, dtype in samples[1:]:
+        sample = [value.detach() if isinstance(value, torch.Tensor) else value for value in sample]
+        out = torch.empty(len(sample[2]) if sample[2] is not None else 3, 2, 5, 6, dtype=dtype, device=device)
+        torch.library.opcheck(torch.ops.minter.warp_out, (*sample, out))
     grad = torch.rand_like(images)
     torch.library.opcheck(torch.ops.minter.warp_backward,
                           (grad, images.detach(), coefficients.detach(), None, None, None, None, True, True))
@@ -476,6 +535,9 @@ def test_compiles_without_a_graph_break_and_runs_under_autocast(device):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for compiled, eager in zip(*gradients, strict=True):
         assert torch.allclose(compiled, eager, rtol=1e-3, atol=1e-5 * eager.abs().max().item())
+    out = torch.empty_like(images)
+    torch.compile(projective_warp, fullgraph=True)(images, coefficients, out=out)
+    assert torch.equal(out, projective_warp(images, coefficients))
     with torch.autocast(device, torch.bfloat16):
         assert torch.equal(projective_warp(images, coefficients), projective_warp(images.clone(), coefficients))
         assert projective_warp(images, coefficients).dtype == torch.float32
@@ -578,7 +640,11 @@ def test_without_the_extension_everything_still_works_and_says_so_once(monkeypat
     images, coefficients = random_images(4), draw(4, 32)
     for _ in range(2):
         assert torch.equal(projective_warp(images, coefficients), projective_warp_reference(images, coefficients))
-    assert warp_batch(images, torch.tensor([1, 2]), sample_crops(2, 32), coefficients[:2]).shape == (2, 3, 32, 32)
+        out = torch.empty_like(images)
+        assert projective_warp(images, coefficients, out=out) is out
+        assert torch.equal(out, projective_warp_reference(images, coefficients))
+    arguments, out = (images, torch.tensor([1, 2]), sample_crops(2, 32), coefficients[:2]), torch.empty(2, 3, 32, 32)
+    assert torch.equal(warp_batch(*arguments), warp_batch(*arguments, out=out)) and out.isfinite().all()
     assert capsys.readouterr().err.count("the compiled warp is not built") == 1
     with pytest.raises((RuntimeError, IndexError)):
         warp_batch(images, torch.tensor([-1]))  # refused as in the compiled form, not counted from the end
