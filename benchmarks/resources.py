@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from common import Parser, UserError, file_path, run_command  # noqa: E402
 from setup import cuda_version, find_cuda_home  # noqa: E402
 
-REGISTERS, THREADS_OF_BLOCK = 65536, 256
+REGISTERS, THREADS_OF_BLOCK = 65536, {"image_kernel": 128, "float64_kernel": 256, "backward_kernel": 256}
 MOST_THREADS = {"7.5": 1024, "8.0": 2048, "8.6": 1536, "8.9": 1536, "9.0": 2048, "10.0": 2048, "12.0": 1536}
 KERNEL = re.compile(r"(image_kernel|float64_kernel|backward_kernel)(?:<(.*?)>)?\(")
 
@@ -44,10 +44,10 @@ def main():
         kernel = kernel.replace("c10::", "").replace("unsigned char", "uint8")
         registers = int(re.search(r"Used (\d+) registers", part).group(1))
         stored, loaded = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
-        blocks = REGISTERS // (-(-registers // 8) * 8 * THREADS_OF_BLOCK)
-        most = MOST_THREADS[args.architecture]
+        threads, most = THREADS_OF_BLOCK[name], MOST_THREADS[args.architecture]
+        blocks = REGISTERS // (-(-registers // 8) * 8 * threads)
         rows.append({"kernel": kernel, "registers": registers, "spill_bytes_stored": stored,
-                     "spill_bytes_loaded": loaded, "occupancy": min(blocks * THREADS_OF_BLOCK, most) / most})
+                     "spill_bytes_loaded": loaded, "occupancy": min(blocks * threads, most) / most})
     rows.sort(key=lambda row: row["kernel"])
     for row in rows:
         print("{kernel:55} {registers:4} registers, spilled {spill_bytes_stored:3} bytes, occupancy {occupancy:.2f}"

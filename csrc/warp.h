@@ -147,10 +147,11 @@ WARP_INLINE CentredMap centre(const Coefficients& k, const View& view, int64_t h
   const double au = k.a - u * k.g, bu = k.b - u * k.h, cu = k.a * x + k.b * y + k.c - u * w;
   const double av = k.d - v * k.g, bv = k.e - v * k.h, cv = k.d * x + k.e * y + k.f - v * w;
   const double spread = fabs(k.g) * x + fabs(k.h) * y, least = w - spread, most = w + spread;
-  // Each product and sum is rounded by 2^-24 of what it adds up, the quotient likewise: some five times; 2^-21 is eight.
-  const double unit = 1.0 / (1 << 21);
-  const double doubt_u = unit * ((fabs(au) * x + fabs(bu) * y + fabs(cu) + half_u * most) / least + half_u);
-  const double doubt_v = unit * ((fabs(av) * x + fabs(bv) * y + fabs(cv) + half_v * most) / least + half_v);
+  // Coefficients, products and sums are rounded by 2^-24 of what they add up, at most four times above and below, the
+  // quotient by three times that, as is the product with an approximate inverse; 2^-21 is eight times.
+  const double unit = 1.0 / (1 << 21), inverse = 1 / least;
+  const double doubt_u = unit * ((fabs(au) * x + fabs(bu) * y + fabs(cu) + half_u * most) * inverse + half_u);
+  const double doubt_v = unit * ((fabs(av) * x + fabs(bv) * y + fabs(cv) + half_v * most) * inverse + half_v);
   const bool small = height <= 256 && width <= 256;  // above that float32 is off by more than 0.01 grey levels
   const bool sound = small && least > 1e-3 && most < 1e3 && doubt_u < kMaxDoubt && doubt_v < kMaxDoubt;
   const auto f = [](double value) { return static_cast<float>(value); };

@@ -74,7 +74,7 @@ Frame make_frame(const Warp& w) {
   return {0, 0, pitch, planes, std::vector<uint32_t>(planes * (w.height + 2) * pitch + kLanes)};
 }
 
-// A value in a register of its own, of which the compiler knows nothing: what depends on it is not put together to vectors.
+// A value in a register of its own, of which the compiler knows nothing, so that it makes no vectors of such values.
 template <typename T>
 ALWAYS_INLINE T apart(T value) {
 #if defined(__GNUC__)

@@ -202,7 +202,8 @@ def test_wrong_arguments_get_a_clear_exception():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [(32, 32), (9, 14)])
-# Source points are float32: some millionths of a pixel off, times slopes of up to 5 a pixel.
+# On the CPU source points are float32: some millionths of a pixel off, times slopes of up to 5 a pixel. On CUDA columns
+# are in fixed point: 0.01 grey levels.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)])
 def test_training_form_equals_its_parts_one_after_the_other(size, dtype, tolerance, device):
     images, n = random_images(50, *size).to(device), 200
@@ -211,6 +212,7 @@ def test_training_form_equals_its_parts_one_after_the_other(size, dtype, toleran
     crops = sample_crops(n, 32, generator).to(device)
     coefficients = draw(n, size).to(device)
     mean, std = (0.49, 0.48, 0.44), (0.2, 0.21, 0.19)
+    tolerance = tolerance if device == "cpu" else max(tolerance, 0.01 / (255 * min(std)))
     for k in (coefficients, None):
         result = warp_batch(images, index, crops, k, *normalization(mean, std, device), dtype)
         batch = crop_and_flip_reference(images[index].float(), crops)
@@ -445,8 +447,9 @@ def test_out_gets_what_a_new_tensor_would(device):
         memory = out.data_ptr()
         assert projective_warp(images, coefficients, 3.0, out=out) is out and out.data_ptr() == memory
         assert torch.equal(out, projective_warp(images, coefficients, 3.0))
-    images, index, crops = random_images(9).to(device), torch.tensor([8, 0, 3, 3, 1], device=device), sample_crops(5, 32)
-    arguments = images, index, crops.to(device), coefficients, *normalization((0.5,) * 3, (0.2,) * 3, device)
+    images, index = random_images(9).to(device), torch.tensor([8, 0, 3, 3, 1], device=device)
+    crops = sample_crops(5, 32).to(device)
+    arguments = images, index, crops, coefficients, *normalization((0.5,) * 3, (0.2,) * 3, device)
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.full((5, 3, 32, 32), 77, dtype=dtype, device=device)
         assert warp_batch(*arguments, out=out) is out

@@ -1,0 +1,507 @@
+// The steps of the CUDA kernel for uint8 and float32 images, as functions of a thread's number. They compile for the host
+// too, where they can be run for one thread after the other and compared with the reference (tests/warp_steps.cpp).
+//
+// A block copies its source image into shared memory once, in words of four bytes where the layout allows, with its crop
+// and flip applied and its border repeated around it, three uint8 channels packed into one word a pixel. Sampling is then
+// four shared loads for a pixel and one coalesced store a channel, of four pixels where the layout allows. Images too
+// large for that are read where they lie.
+//
+// Source points are computed in float32 (CentredMap in warp.h); those that need it once more, in float64.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#define WARP_APART __host__ __device__ __noinline__
+#else
+#define WARP_APART inline
+#endif
+
+#ifdef __CUDA_ARCH__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL
+#endif
+
+#include "warp.h"
+
+namespace minter {
+
+using BFloat16 = torch::headeronly::BFloat16;
+
+constexpr int kImageThreads = 128;  // few, so that what each does besides its pixels counts for little
+
+// The layout of an image in shared memory: the view's window as it is seen, a border around it. Source column of tile
+// column x: origin + step * x; source row of tile row y: down + y.
+struct Tile {
+  int64_t image;             // -1: the index is out of range
+  int rows, columns, pitch;  // pitch: odd, so that pixels below each other lie in different banks
+  int plane;                 // words of one plane, where the image fits into shared memory
+  int origin, step, down;
+};
+
+WARP_INLINE Tile make_tile(const Warp& w, int64_t n) {
+  const View view = load_view(w, n);
+  const int pitch = (static_cast<int>(w.width) + 2) | 1, width = static_cast<int>(w.width);
+  const int left = static_cast<int>(view.left), right = static_cast<int>(view.right);
+  return {view.image, static_cast<int>(view.bottom - view.top), static_cast<int>(view.end - view.left), pitch,
+          static_cast<int>((w.height + 2) * pitch), view.flip ? right + width - 1 - left : right + left,
+          view.flip ? -1 : 1, static_cast<int>(view.top + view.down)};
+}
+
+// kChannels: how many where that is known to the compiler, else 0.
+template <int kChannels>
+WARP_INLINE int channels_of(const Warp& w) {
+  return kChannels > 0 ? kChannels : static_cast<int>(w.channels);
+}
+
+template <typename In, int kChannels>
+WARP_INLINE int planes_of(const Warp& w) {
+  return (channels_of<kChannels>(w) + kPacked<In> - 1) / kPacked<In>;
+}
+
+// A few instructions with their meaning, for the host too, on which the steps of a block can be run one by one.
+WARP_INLINE uint32_t bits_of(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+WARP_INLINE float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+// Four bytes of the eight of `low` and `high`, chosen by the hexadecimal digits of `which`.
+WARP_INLINE uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(low, high, which);
+#else
+  const uint64_t all = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= static_cast<uint32_t>(all >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return chosen;
+#endif
+}
+
+// 2^23 and the whole part of a float in [0, 2^22), whose last bits are that number.
+WARP_INLINE float floor_among(float value) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rd(value, 8388608.0f);
+#else
+  return floorf(value) + 8388608.0f;
+#endif
+}
+
+WARP_INLINE float inverse_of(float value) {  // to the last place but one
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(value));
+  return inverse;
+#else
+  return 1.0f / value;
+#endif
+}
+
+// Without a branch, which a conditional expression would become.
+WARP_INLINE float selected(bool condition, float value, float other) {
+  const uint32_t bits = condition ? ~0u : 0u;
+  return float_of((bits_of(value) & bits) | (bits_of(other) & ~bits));
+}
+
+// The word of one pixel: up to three uint8 channels, or one float.
+template <typename In, int kChannels>
+WARP_INLINE uint32_t load_word(const Warp& w, const In* pixel, int plane) {
+  if constexpr (std::is_same_v<In, float>) {
+    return bits_of(pixel[plane * w.stride_c]);
+  } else {
+    uint32_t word = 0;
+    for (int i = 0; i < 3; ++i) {
+      const int c = plane * 3 + i;
+      if (c < channels_of<kChannels>(w)) word |= static_cast<uint32_t>(pixel[c * w.stride_c]) << (8 * i);
+    }
+    return word;
+  }
+}
+
+// The steps of a block, each done by all its threads before the next begins.
+
+WARP_INLINE bool reaches_beyond(const Warp& w, const Tile& t) {
+  const int last = t.origin + t.step * (t.columns - 1), width = static_cast<int>(w.width);
+  return t.origin < 0 || t.origin >= width || last < 0 || last >= width || t.down < 0 || t.down + t.rows > w.height;
+}
+
+WARP_INLINE void blacken(const Tile& t, int planes, uint32_t* tile, int thread) {
+  for (int i = thread; i < planes * t.plane; i += kImageThreads) tile[i] = 0;
+}
+
+template <typename In, int kChannels>
+WARP_INLINE void copy_in(const Warp& w, const Tile& t, bool by_fours, uint32_t* tile, int thread) {
+  const int channels = channels_of<kChannels>(w), planes = planes_of<In, kChannels>(w);
+  const In* image = static_cast<const In*>(w.images) + t.image * w.stride_n;
+  const int width = static_cast<int>(w.width), height = static_cast<int>(w.height);
+  if (by_fours) {  // four neighbouring uint8 pixels of a channel in one load
+    const int first = 4 * (thread % 8);
+    for (int row = thread / 8; row < t.rows; row += kImageThreads / 8) {
+      const int y = row + t.down;
+      if (y < 0 || y >= height) continue;
+      const In* pixels = image + y * w.stride_h;
+      for (int x = first; x < width; x += 32) {
+        const int start = t.step * (x - t.origin);
+        UNROLL for (int p = 0; p < planes; ++p) {
+          uint32_t channel[3] = {0, 0, 0};
+          UNROLL for (int c = 0; c < 3; ++c) {
+            if (p * 3 + c < channels) {
+              channel[c] = *reinterpret_cast<const uint32_t*>(pixels + (p * 3 + c) * w.stride_c + x);
+            }
+          }
+          const uint32_t lower = bytes_of(channel[0], channel[1], 0x5140);
+          const uint32_t upper = bytes_of(channel[0], channel[1], 0x7362);
+          const uint32_t words[4] = {bytes_of(lower, channel[2], 0x4410), bytes_of(lower, channel[2], 0x5532),
+                                     bytes_of(upper, channel[2], 0x6610), bytes_of(upper, channel[2], 0x7732)};
+          uint32_t* to = tile + p * t.plane + (row + 1) * t.pitch + 1;
+          UNROLL for (int j = 0; j < 4; ++j) {
+            const unsigned column = start + t.step * j;  // left of the window: a large number
+            if (column < static_cast<unsigned>(t.columns)) to[column] = words[j];
+          }
+        }
+      }
+    }
+  } else {
+    for (int row = thread / 32; row < t.rows; row += kImageThreads / 32) {
+      const int y = row + t.down;
+      for (int column = thread % 32; y >= 0 && y < height && column < t.columns; column += 32) {
+        const int x = t.origin + t.step * column;
+        if (x < 0 || x >= width) continue;
+        const In* pixel = image + y * w.stride_h + x * w.stride_w;
+        for (int p = 0; p < planes; ++p) {
+          tile[p * t.plane + (row + 1) * t.pitch + column + 1] = load_word<In, kChannels>(w, pixel, p);
+        }
+      }
+    }
+  }
+}
+
+// One half of the threads does the rows above and below, corners included, the other the columns beside.
+WARP_INLINE void repeat_border(const Tile& t, int planes, uint32_t* tile, int thread) {
+  constexpr int kHalf = kImageThreads / 2;
+  const int last = t.rows * t.pitch;
+  for (int p = 0; p < planes; ++p, tile += t.plane) {
+    if (thread < kHalf) {
+      for (int x = thread; x < t.columns + 2; x += kHalf) {
+        const int from = x < 1 ? 1 : x > t.columns ? t.columns : x;
+        tile[x] = tile[t.pitch + from];
+        tile[last + t.pitch + x] = tile[last + from];
+      }
+    } else {
+      for (int y = thread - kHalf + 1; y <= t.rows; y += kHalf) {
+        uint32_t* row = tile + y * t.pitch;
+        row[0] = row[1];
+        row[t.columns + 1] = row[t.columns];
+      }
+    }
+  }
+}
+
+// Where a pixel is read: the upper left tap, counted in the window with its border, and the fractions.
+struct Place {
+  bool inside;
+  int left, top;
+  float fx, fy;
+};
+
+// The place of a point outside, which is as good as any.
+WARP_INLINE Place nowhere() { return {false, 1, 1, 0, 0}; }
+
+// A point in float32, counted from the window's centre. Sets `doubt` where that cannot tell whether it is inside. x, y:
+// from the centre of the output.
+struct CentredPoint { float u, v; bool inside; };
+
+WARP_INLINE CentredPoint centred_point(const CentredMap& m, float x, float y, bool& doubt) {
+  const float inverse = inverse_of(fmaf(m.g, x, fmaf(m.h, y, m.w)));
+  const float u = fmaf(m.au, x, fmaf(m.bu, y, m.cu)) * inverse, v = fmaf(m.av, x, fmaf(m.bv, y, m.cv)) * inverse;
+  const float past = fmaxf(fabsf(u) - m.half_u, fabsf(v) - m.half_v);
+  doubt = doubt || !(fabsf(past) > fmaxf(m.doubt_u, m.doubt_v));
+  return {u, v, past < 0};
+}
+
+WARP_INLINE Place place(const CentredMap& m, float x, float y, bool& doubt) {
+  const CentredPoint point = centred_point(m, x, y, doubt);
+  if (!point.inside) return nowhere();
+  const float column = point.u + (m.half_u + 0.5f), row = point.v + (m.half_v + 0.5f);
+  const float left = floor_among(column), top = floor_among(row);
+  return {true, static_cast<int>(bits_of(left) & 0x7fffffu), static_cast<int>(bits_of(top) & 0x7fffffu),
+          column - (left - 8388608.0f), row - (top - 8388608.0f)};
+}
+
+// In float64.
+WARP_INLINE Place exact_place(const Coefficients& k, const View& view, int row, int column) {
+  const Point point = source_point(k, row, column);
+  if (!inside(view, point)) return nowhere();
+  const double u = point.u - view.left + 0.5, v = point.v - view.top + 0.5;
+  const int left = static_cast<int>(u), top = static_cast<int>(v);
+  return {true, left, top, static_cast<float>(u - left), static_cast<float>(v - top)};
+}
+
+// The four words of one plane around a place: from the tile, or from the image itself.
+template <typename In, bool kStaged, int kChannels>
+WARP_INLINE void load_taps(const Warp& w, const Tile& t, const uint32_t* tile, const Place& p, int plane,
+                           uint32_t (&words)[4]) {
+  if constexpr (kStaged) {
+    const uint32_t* from = tile + plane * t.plane + (p.top * t.pitch + p.left);
+    words[0] = from[0], words[1] = from[1], words[2] = from[t.pitch], words[3] = from[t.pitch + 1];
+  } else {
+    const int width = static_cast<int>(w.width), height = static_cast<int>(w.height);
+    for (int i = 0; i < 4; ++i) {
+      const int row = p.top - 1 + i / 2, column = p.left - 1 + i % 2;
+      const int y = t.down + (row < 0 ? 0 : row < t.rows ? row : t.rows - 1);
+      const int x = t.origin + t.step * (column < 0 ? 0 : column < t.columns ? column : t.columns - 1);
+      const bool black = !p.inside || y < 0 || y >= height || x < 0 || x >= width;
+      const In* image = static_cast<const In*>(w.images) + t.image * w.stride_n;
+      words[i] = black ? 0 : load_word<In, kChannels>(w, image + y * w.stride_h + x * w.stride_w, plane);
+    }
+  }
+}
+
+// One channel of four words, interpolated.
+template <typename In>
+WARP_INLINE float interpolate(const uint32_t (&words)[4], int i, float fx, float fy) {
+  float t[4];
+  for (int k = 0; k < 4; ++k) {
+    t[k] = std::is_same_v<In, float> ? float_of(words[k]) : static_cast<float>(words[k] >> 8 * i & 255u);
+  }
+  const float gx = 1 - fx, gy = 1 - fy;
+  return fmaf(fmaf(t[0], gx, t[1] * fx), gy, fmaf(t[2], gx, t[3] * fx) * fy);
+}
+
+// The value outside the image, in the output's range where that has one.
+template <typename Out>
+WARP_INLINE float fill_value(const Warp& w) {
+  const float fill = static_cast<float>(w.fill);
+  if (!std::is_same_v<Out, uint8_t>) return fill;
+  return fill > 0.0f ? (fill < 255.0f ? fill : 255.0f) : 0.0f;  // NaN: 0
+}
+
+// To the type of the output. uint8: a value in [0, 255], which the addition rounds to the nearest, ties to even.
+template <typename Out>
+WARP_INLINE Out converted(float value) {
+  if constexpr (std::is_same_v<Out, uint8_t>) {
+    return static_cast<uint8_t>(bits_of(value + 8388608.0f));
+  } else {
+    return static_cast<Out>(value);
+  }
+}
+
+// Neighbouring pixels of one channel: four in one store.
+template <typename Out, int kPixels>
+WARP_INLINE void store(Out* out, const float (&values)[kPixels]) {
+#ifdef __CUDA_ARCH__
+  const size_t address = __cvta_generic_to_global(out);
+  if constexpr (kPixels == 4 && std::is_same_v<Out, float>) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(values[0]), "f"(values[1]),
+                 "f"(values[2]), "f"(values[3]) : "memory");
+  } else if constexpr (kPixels == 4 && std::is_same_v<Out, BFloat16>) {
+    union { __nv_bfloat162 pair; uint32_t bits; } left, right;
+    left.pair = __floats2bfloat162_rn(values[0], values[1]), right.pair = __floats2bfloat162_rn(values[2], values[3]);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(left.bits), "r"(right.bits) : "memory");
+  } else if constexpr (kPixels == 4) {
+    const uint32_t left = bytes_of(bits_of(values[0] + 8388608.0f), bits_of(values[1] + 8388608.0f), 0x0040);
+    const uint32_t right = bytes_of(bits_of(values[2] + 8388608.0f), bits_of(values[3] + 8388608.0f), 0x0040);
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(bytes_of(left, right, 0x5410)) : "memory");
+  } else {
+    for (int j = 0; j < kPixels; ++j) out[j] = converted<Out>(values[j]);
+  }
+#else
+  for (int j = 0; j < kPixels; ++j) out[j] = converted<Out>(values[j]);
+#endif
+}
+
+WARP_INLINE float scale_of(const Warp& w, int channel) { return w.scale ? w.scale[channel] : 1.0f; }
+WARP_INLINE float shift_of(const Warp& w, int channel) { return w.shift ? w.shift[channel] : 0.0f; }
+
+// Of a pixel within an image: those that fit into shared memory are small.
+template <bool kStaged>
+using Offset = std::conditional_t<kStaged, int, int64_t>;
+
+// kPixels pixels beside each other, whose places are known, to `out`. kChannels: their number, with what normalises them
+// in registers; 0: any.
+template <typename In, typename Out, bool kStaged, int kChannels, int kPixels>
+WARP_INLINE void write_pixels(const Warp& w, const Tile& t, const uint32_t* tile, const Place (&places)[kPixels],
+                              const float* scales, const float* shifts, float fill, Out* out) {
+  const int channels = channels_of<kChannels>(w);
+  const Offset<kStaged> pixels = static_cast<Offset<kStaged>>(w.height) * static_cast<Offset<kStaged>>(w.width);
+  UNROLL for (int plane = 0; plane * kPacked<In> < channels; ++plane) {
+    float made[kPacked<In>][kPixels];
+    UNROLL for (int j = 0; j < kPixels; ++j) {
+      uint32_t words[4];
+      load_taps<In, kStaged, kChannels>(w, t, tile, places[j], plane, words);
+      UNROLL for (int i = 0; i < kPacked<In>; ++i) {
+        const int c = plane * kPacked<In> + i;
+        if (c >= channels) break;
+        const float value = selected(places[j].inside, interpolate<In>(words, i, places[j].fx, places[j].fy), fill);
+        const float scale = kChannels > 0 ? scales[c] : scale_of(w, c), shift = kChannels > 0 ? shifts[c] : shift_of(w, c);
+        made[i][j] = std::is_same_v<Out, uint8_t> ? value : fmaf(value, scale, shift);
+      }
+    }
+    UNROLL for (int i = 0; i < kPacked<In>; ++i) {
+      const int c = plane * kPacked<In> + i;
+      if (c < channels) store<Out, kPixels>(out + c * pixels, made[i]);
+    }
+  }
+}
+
+// uint8 images in shared memory, four pixels at a time: some 60 instructions for a pixel of three channels. The column
+// is in fixed point, with 15 bits behind the point, so that one instruction adds two products of a weight and a byte:
+// that is 0.004 grey levels off at most. Its sum is put into the last places of 2^23, which is then taken away.
+constexpr int kMostFixedColumns = 253;  // (columns + 1/2) 2^15 < 2^23
+
+struct FixedPlace {
+  bool inside;
+  int at;            // of the upper left word in the tile; 0 outside
+  uint32_t weights;  // 16 bits of the left word, 16 of the right
+  float fy;
+};
+
+WARP_INLINE FixedPlace fixed_place(const CentredMap& m, int pitch, float x, float y, bool& doubt) {
+  const CentredPoint point = centred_point(m, x, y, doubt);
+  const uint32_t column = bits_of(fmaf(point.u, 32768.0f, (m.half_u + 0.5f) * 32768.0f + 8388608.0f));
+  const float row = point.v + (m.half_v + 0.5f), top = floor_among(row);
+  const int at = static_cast<int>(bits_of(top) & 0x7fffffu) * pitch + static_cast<int>(column >> 15 & 255u);
+  return {point.inside, point.inside ? at : 0, (column & 32767u) * 65535u + 32768u, row - (top - 8388608.0f)};
+}
+
+// 2^23 and the weighted sum of byte i of two words.
+WARP_INLINE float weighted_among(uint32_t left, uint32_t right, int i, uint32_t weights) {
+  const uint32_t bytes = bytes_of(left, right, static_cast<uint32_t>((4 + i) << 4 | i));
+#ifdef __CUDA_ARCH__
+  return float_of(__dp2a_lo(weights, bytes, 0x4b000000u));
+#else
+  return float_of((weights & 65535u) * (bytes & 255u) + (weights >> 16) * (bytes >> 8 & 255u) + 0x4b000000u);
+#endif
+}
+
+// scales: of values 2^15 times as large. fills: normalised.
+template <typename Out, int kChannels>
+WARP_INLINE void write_fixed(const Warp& w, const Tile& t, const uint32_t* tile, const FixedPlace (&places)[4],
+                             const float* scales, const float* shifts, const float* fills, Out* out) {
+  const int channels = channels_of<kChannels>(w), pixels = static_cast<int>(w.height) * static_cast<int>(w.width);
+  UNROLL for (int plane = 0; plane * 3 < channels; ++plane) {
+    float made[3][4];
+    UNROLL for (int j = 0; j < 4; ++j) {
+      const uint32_t* from = tile + plane * t.plane + places[j].at;
+      const uint32_t words[4] = {from[0], from[1], from[t.pitch], from[t.pitch + 1]};
+      UNROLL for (int i = 0; i < 3; ++i) {
+        const int c = plane * 3 + i, k = kChannels > 0 ? c : 0;
+        if (c >= channels) break;
+        const float above = weighted_among(words[0], words[1], i, places[j].weights);
+        const float below = weighted_among(words[2], words[3], i, places[j].weights);
+        const float value = fmaf(places[j].fy, below - above, above - 8388608.0f);
+        const float scale = kChannels > 0 ? scales[k] : scale_of(w, c) / 32768;
+        const float shift = kChannels > 0 ? shifts[k] : shift_of(w, c);
+        const float fill = kChannels > 0 ? fills[k] : fmaf(fill_value<Out>(w), scale_of(w, c), shift);
+        made[i][j] = selected(places[j].inside, fmaf(value, scale, shift), fill);
+      }
+    }
+    UNROLL for (int i = 0; i < 3; ++i) {
+      const int c = plane * 3 + i;
+      if (c < channels) store<Out, 4>(out + c * pixels, made[i]);
+    }
+  }
+}
+
+// Those of a thread's pixels that float32 cannot place, in float64. Few come here, and the common way stays short.
+template <typename In, typename Out, bool kStaged, int kChannels, int kPixels>
+WARP_APART void sample_exactly(const Warp& w, int64_t n, const CentredMap& m, const Tile& t, const uint32_t* tile,
+                               int first_row, int past_row, int thread, Out* output) {
+  constexpr int kAcross = 32 / kPixels;
+  const int width = static_cast<int>(w.width), height = static_cast<int>(w.height);
+  const float x0 = 0.5f - 0.5f * width, y0 = 0.5f - 0.5f * height;
+  const Coefficients k = load_coefficients(w, n);
+  const View view = load_view(w, n);
+  for (int row = first_row + thread / kAcross; row < past_row; row += kImageThreads / kAcross) {
+    for (int start = kPixels * (thread % kAcross); start < width; start += 32) {
+      for (int column = start; column < start + kPixels; ++column) {
+        bool again = m.exact;
+        if (!again) centred_point(m, x0 + static_cast<float>(column), y0 + static_cast<float>(row), again);
+        if (!again) continue;
+        const Place places[1] = {exact_place(k, view, row, column)};
+        write_pixels<In, Out, kStaged, 0, 1>(w, t, tile, places, nullptr, nullptr, fill_value<Out>(w),
+                                             output + static_cast<Offset<kStaged>>(row) * width + column);
+      }
+    }
+  }
+}
+
+// The pixels of output rows [first_row, past_row) of one image. Those that float32 cannot place are done once more.
+template <typename In, typename Out, bool kStaged, int kChannels, int kPixels>
+WARP_INLINE void sample(const Warp& w, int64_t n, const CentredMap& shared_map, const Tile& t, const uint32_t* tile,
+                        int first_row, int past_row, int thread, Out* output) {
+  constexpr int kAcross = 32 / kPixels;  // threads beside each other, which do 32 pixels
+  const CentredMap m = shared_map;       // in registers
+  const int width = static_cast<int>(w.width), height = static_cast<int>(w.height);
+  float scales[kChannels > 0 ? kChannels : 1], shifts[kChannels > 0 ? kChannels : 1];
+  for (int c = 0; c < kChannels; ++c) scales[c] = scale_of(w, c), shifts[c] = shift_of(w, c);
+  const float fill = fill_value<Out>(w), x0 = 0.5f - 0.5f * width, y0 = 0.5f - 0.5f * height;
+  constexpr bool kFixed = std::is_same_v<In, uint8_t> && kStaged && kPixels == 4;
+  float large_scales[kChannels > 0 ? kChannels : 1], fills[kChannels > 0 ? kChannels : 1];
+  for (int c = 0; c < kChannels; ++c) large_scales[c] = scales[c] / 32768, fills[c] = fmaf(fill, scales[c], shifts[c]);
+  bool doubt = m.exact;
+  for (int row = first_row + thread / kAcross; row < past_row && !m.exact; row += kImageThreads / kAcross) {
+    for (int column = kPixels * (thread % kAcross); column < width; column += 32) {
+      Out* out = output + static_cast<Offset<kStaged>>(row) * width + column;
+      const float first = x0 + static_cast<float>(column), y = y0 + static_cast<float>(row);
+      if constexpr (kFixed) {
+        FixedPlace places[4];
+        UNROLL for (int j = 0; j < 4; ++j) places[j] = fixed_place(m, t.pitch, first + j, y, doubt);
+        write_fixed<Out, kChannels>(w, t, tile, places, large_scales, shifts, fills, out);
+      } else {
+        Place places[kPixels];
+        UNROLL for (int j = 0; j < kPixels; ++j) places[j] = place(m, first + j, y, doubt);
+        write_pixels<In, Out, kStaged, kChannels, kPixels>(w, t, tile, places, scales, shifts, fill, out);
+      }
+    }
+  }
+  if (!doubt) return;
+  sample_exactly<In, Out, kStaged, kChannels, kPixels>(w, n, shared_map, t, tile, first_row, past_row, thread, output);
+}
+
+// How the images of a call are worked on.
+struct Plan {
+  size_t bytes;       // of a block's copy of an image
+  bool staged;        // whether that fits into shared memory
+  bool reads_fours;   // whether four uint8 pixels can be loaded at once
+  bool writes_fours;  // whether four pixels of a channel can be stored at once
+  int64_t rows;       // of a block: all of a staged image; of a larger one, a block has some rows
+};
+
+template <typename In, typename Out>
+Plan make_plan(const Warp& w, const void* output) {
+  constexpr size_t most = (48 << 10) - sizeof(CentredMap) - sizeof(Tile);  // every device grants 48 KiB unasked
+  const auto fours = [](int64_t value) { return value % 4 == 0; };
+  Plan plan;
+  plan.bytes = sizeof(uint32_t) * planes_of<In, 0>(w) * (w.height + 2) * ((w.width + 2) | 1);
+  plan.staged = plan.bytes <= most;
+  plan.reads_fours = std::is_same_v<In, uint8_t> && w.stride_w == 1 && fours(w.width) && fours(w.stride_h) &&
+                     fours(w.stride_c) && fours(w.stride_n) && fours(reinterpret_cast<intptr_t>(w.images));
+  plan.writes_fours = plan.staged && fours(w.width) && reinterpret_cast<uintptr_t>(output) % (4 * sizeof(Out)) == 0 &&
+                      (std::is_same_v<In, float> || w.width <= kMostFixedColumns);
+  const int64_t some = 4096 / w.width / 8 * 8;
+  plan.rows = plan.staged ? w.height : some < 8 ? 8 : some;
+  return plan;
+}
+
+}  // namespace minter
