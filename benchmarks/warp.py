@@ -4,6 +4,8 @@
     python benchmarks/warp.py --device cuda --output results/warp-cuda.json --plot results/warp-cuda.png
     python benchmarks/warp.py --quick
 
+Two ways of ours: a new tensor for each result, as all others make, and "out=": one and the same, written each time.
+
 warp: images in, images out, each library with the type and the layout it likes best: uint8 for ours, PIL (a list of
 images), OpenCV (a list of arrays) and torchvision; float32 for ours, kornia and grid_sample. step: a training step's
 input from a uint8 data set, by index: random crop, flip, warp, normalise, to one contiguous (N, 3, S, S) batch of
@@ -70,6 +72,7 @@ GRADIENT_LIMIT = 0.01  # difference of gradients, relative in the Euclidean norm
 LABELS = {"opencv": "OpenCV", "pil": "PIL"}
 MODULES = {"kornia": "kornia", "grid_sample": "torch", "opencv": "cv2", "pil": "PIL", "torchvision": "torchvision"}
 LOOPS = ("opencv", "pil", "torchvision")
+RATIOS = ("ours_over_it", "ours_out_over_it")
 
 
 @dataclasses.dataclass
@@ -424,12 +427,12 @@ def fewer(name, make, problem, n, device):
 def show(rows):
     first = rows[0]
     print(f"\n{first['setting']}, {first['size']} x {first['size']}, N = {first['n']:,}\n"
-          f"{'':22}{'images/s':>12}{'megapixels/s':>14}{'ours / it':>11}{'on':>8}"
+          f"{'':22}{'images/s':>12}{'megapixels/s':>14}{'ours / it':>11}{'out= / it':>11}{'on':>8}"
           + ("  share of floor" if "share_of_floor" in first else ""))
     for row in rows:
-        ratio = f"{row['ours_over_it']:.2f}" if row["ours_over_it"] else ""
+        ratios = "".join(f"{'' if row[name] is None else format(row[name], '.2f'):>11}" for name in RATIOS)
         floor = f"{row['share_of_floor']:16.1%}" if "share_of_floor" in row else ""
-        print(f"{row['library']:22}{row['images_per_second']:12,.0f}{row['megapixels_per_second']:14,.1f}{ratio:>11}"
+        print(f"{row['library']:22}{row['images_per_second']:12,.0f}{row['megapixels_per_second']:14,.1f}{ratios}"
               f"{row['measured_on']:8,}{floor}", flush=True)
 
 
@@ -442,7 +445,8 @@ def rows_of(setting, size, n, seconds, counts, moved=None):
         row = {"setting": setting, "library": name, "size": size, "n": n, "measured_on": counts[name],
                "seconds": seconds[name], "images_per_second": rate, "megapixels_per_second": rate * size * size / 1e6,
                "compared_with": compared,
-               "ours_over_it": None if name == compared else per_second[compared] / rate}
+               **{ratio: per_second[mine] / rate if mine in per_second and name != mine else None
+                  for ratio, mine in zip(RATIOS, (compared, f"{compared}, out="), strict=True)}}
         if moved and name.startswith("ours"):
             row["share_of_floor"] = rate * moved[0] / moved[1]
         rows.append(row)
