@@ -545,39 +545,49 @@ def draw(rows, path):
     import matplotlib.pyplot as plt
 
     size = min(row["size"] for row in rows)
-    colours = dict(zip(["ours", *PEERS], ["black", *(f"C{i}" for i in range(len(PEERS)))], strict=True))
+    colours = {name: f"C{i}" for i, name in enumerate(PEERS)}
+
+    def drawn(name):
+        return "," not in name or name.endswith("out=")
+
+    def colour_of(name):
+        return colours.get(name, "black" if name.endswith("out=") else "grey")
+
+    def style_of(name):
+        return "--" if "float32" in name else "-"
+
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.7))
     for axis, setting in zip(axes[:2], ("warp", "step float32"), strict=True):
-        shown = [row for row in rows if row["setting"] == setting and row["size"] == size and "," not in row["library"]]
+        shown = [row for row in rows if row["setting"] == setting and row["size"] == size and drawn(row["library"])]
         for name in dict.fromkeys(row["library"] for row in shown):
             points = [(row["n"], row["images_per_second"]) for row in shown if row["library"] == name]
-            style = "--" if name == "ours float32" else "-"
-            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colours[name.split()[0]],
+            axis.plot(*zip(*points, strict=True), style_of(name), marker="o", markersize=4, color=colour_of(name),
                       linewidth=2.2 if name.startswith("ours") else 1.4)
         axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="images/s",
                  title=f"{setting}, {size} × {size}")
     n = max(row["n"] for row in rows if row["size"] == max(row["size"] for row in rows))
+    out = ", out=" if any(row["library"] == "ours, out=" for row in rows) else ""
     kinds = [("warp", "ours uint8", "-"), ("warp", "ours float32", "--"), ("step float32", "ours", "-."),
              ("step bfloat16", "ours", ":")]
     for setting, name, style in kinds:
         points = sorted((row["size"], row["megapixels_per_second"]) for row in rows
-                        if (row["setting"], row["library"], row["n"]) == (setting, name, n))
+                        if (row["setting"], row["library"], row["n"]) == (setting, name + out, n))
         label = setting + name.removeprefix("ours")
         axes[2].plot(*zip(*points, strict=True), style, marker="o", markersize=4, color="black", label=label)
     sizes = sorted({row["size"] for row in rows})
-    axes[2].set(xscale="log", xlabel="side in pixels", ylabel="megapixels/s", title=f"ours, N = {n:,}")
+    axes[2].set(xscale="log", xlabel="side in pixels", ylabel="megapixels/s", title=f"ours{out}, N = {n:,}")
     axes[2].set_xticks(sizes, [str(side) for side in sizes])
     axes[2].minorticks_off()
     axes[2].set_ylim(0)
     axes[2].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
-    names = dict.fromkeys(row["library"] for row in rows if "," not in row["library"] and row["library"] != "ours")
-    handles = [plt.Line2D([], [], color=colours[name.split()[0]], linestyle="--" if name == "ours float32" else "-",
-                          marker="o", markersize=4, label="ours (warp: uint8)" if name == "ours uint8"
-                          else LABELS.get(name, name)) for name in names]
+    names = dict.fromkeys(row["library"] for row in rows if row["setting"] == "warp" and drawn(row["library"]))
+    names = sorted(names, key=lambda name: not name.startswith("ours"))
+    handles = [plt.Line2D([], [], color=colour_of(name), linestyle=style_of(name), marker="o", markersize=4,
+                          label=LABELS.get(name, name)) for name in names]
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=8, columnspacing=1.4)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
