@@ -42,7 +42,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 fuzz: setup
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py tests/test_cuda_steps.py
 
 # Python itself is not instrumented, so the sanitizer's runtime is loaded first, and libstdc++ for it to see exceptions.
 # A giant allocation is to fail as it would without it; inductor compiles in processes of its own.
@@ -51,8 +51,9 @@ sanitize: setup
 	MINTER_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	    PYTHONPATH=$(SANITIZED) HYPOTHESIS_PROFILE=sanitize \
-	    $(BIN)/python -m pytest --capture=sys tests/test_warp.py tests/test_fuzz.py -k 'not graph_break'
+	    PYTHONPATH=$(SANITIZED) HYPOTHESIS_PROFILE=sanitize MINTER_SANITIZE=1 \
+	    $(BIN)/python -m pytest --capture=sys tests/test_warp.py tests/test_fuzz.py tests/test_cuda_steps.py \
+	    -k 'not graph_break'
 
 bench: setup
 	$(PIP) --quiet kornia opencv-python-headless

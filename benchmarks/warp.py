@@ -16,10 +16,11 @@ OpenCV, PIL and torchvision have one map for a call and run in a loop, in one th
 where ours uses all of --threads: several workers would divide their time, and --threads 1 compares one core with one.
 What would take others more than a second on the CPU is timed on a part of N (column "on"); ours always on all of it.
 That favours the others at large N, where the memory of a whole batch is fetched from the system anew each time and that
-of a small one is reused. Each library's form of the coefficients is made beforehand, outside the time. kornia fills by
-its own padding_mode="fill", which samples twice; grid_sample is the fastest form found in plain torch (a matrix product
-makes the grid, and a mask fills). Contestants run in alternation, after a warm-up, and the median is taken. N x size is
-left out where the batch exceeds 4 GB in float32.
+of a small one is reused. Each library's form of the coefficients is made beforehand, outside the time. Each peer is in
+the fastest form found, which for a step normalises the whole batch; opencv-each is OpenCV in the usual one, an image a
+tensor and normalised by itself. kornia fills by its own padding_mode="fill", which samples twice; grid_sample is the
+fastest form found in plain torch (a matrix product makes the grid, and a mask fills). Contestants run in alternation,
+after a warm-up, and the median is taken. N x size is left out where the batch exceeds 4 GB in float32.
 """
 
 import dataclasses
@@ -67,11 +68,12 @@ BUDGET = 0.5  # seconds of samples for each contestant
 # the same bilinear interpolation, so only rounding is left: of the coordinates to float32 (under 0.01 here), of the
 # result to uint8 (OpenCV and torchvision round to nearest, PIL down, so 1 at most), and in older OpenCV of the
 # coordinates to 1/32 of a pixel: 1/64 off at most on either axis, where neighbours differ by 100 grey levels or so.
-LIMITS = {"kornia": 0.1, "grid_sample": 0.1, "opencv": 5, "pil": 1.01, "torchvision": 1.01}
+LIMITS = {"kornia": 0.1, "grid_sample": 0.1, "opencv": 5, "opencv-each": 5, "pil": 1.01, "torchvision": 1.01}
 GRADIENT_LIMIT = 0.01  # difference of gradients, relative in the Euclidean norm
-LABELS = {"opencv": "OpenCV", "pil": "PIL"}
-MODULES = {"kornia": "kornia", "grid_sample": "torch", "opencv": "cv2", "pil": "PIL", "torchvision": "torchvision"}
-LOOPS = ("opencv", "pil", "torchvision")
+LABELS = {"opencv": "OpenCV", "opencv-each": "OpenCV, normalised each", "pil": "PIL"}
+MODULES = {"kornia": "kornia", "grid_sample": "torch", "opencv": "cv2", "opencv-each": "cv2", "pil": "PIL",
+           "torchvision": "torchvision"}
+LOOPS = ("opencv", "opencv-each", "pil", "torchvision")
 RATIOS = ("ours_over_it", "ours_out_over_it")
 
 
@@ -213,6 +215,28 @@ def normalised_from_pixels(batch, problem):
     return normalised(planes.to(torch.float32, memory_format=torch.contiguous_format), problem)
 
 
+def opencv_each(problem):
+    """As a Dataset and its loader do: each image cropped, flipped, warped, made a tensor and normalised by itself."""
+    import cv2
+    from torchvision.transforms.functional import normalize, to_tensor
+
+    p, size, padding = problem, problem.size, problem.size // 8
+    maps = list(for_integer_centres(p.coefficients).numpy())
+    std = 1 / (255 * p.scale)
+    mean = -p.shift * std
+    around = ((padding, padding), (padding, padding), (0, 0))
+
+    def one(map, at, down, right, flip):
+        image = np.pad(p.pixels[at], around)[padding + down :, padding + right :][:size, :size]
+        warped = cv2.warpPerspective(cv2.flip(image, 1) if flip else image, map, (size, size),
+                                     flags=cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
+                                     borderValue=(FILL,) * 3)
+        return normalize(to_tensor(warped), mean, std)
+
+    return lambda: torch.stack([one(map, at, *crop) for map, at, crop in
+                                zip(maps, p.index.tolist(), p.crops.tolist(), strict=True)]).to(p.dtype)
+
+
 def pil(problem):
     from PIL import Image
 
@@ -260,8 +284,9 @@ def torchvision(problem):
     return run
 
 
-PEERS = {"kornia": kornia, "grid_sample": grid_sample, "opencv": opencv, "pil": pil, "torchvision": torchvision}
-FLOAT_ONLY = ("kornia", "grid_sample")
+PEERS = {"kornia": kornia, "grid_sample": grid_sample, "opencv": opencv, "opencv-each": opencv_each, "pil": pil,
+         "torchvision": torchvision}
+FLOAT_ONLY, STEP_ONLY = ("kornia", "grid_sample"), ("opencv-each",)
 
 
 def installed(names, device):
@@ -273,7 +298,7 @@ def installed(names, device):
         except ImportError as error:
             print(f"note: {name} is left out ({error}); pip install '.[bench]' has it")
             continue
-        if device.type == "cuda" and name in ("opencv", "pil"):
+        if device.type == "cuda" and name in ("opencv", "opencv-each", "pil"):
             print(f"note: {name} is left out, which runs on the CPU only")
             continue
         found.append(name)
@@ -304,7 +329,7 @@ def step_problem(data_set, pixels, n, generator, dtype):
 
 
 def pixels_of(data_set, peers):
-    return data_set.permute(0, 2, 3, 1).contiguous().numpy() if {"opencv", "pil"} & set(peers) else None
+    return data_set.permute(0, 2, 3, 1).contiguous().numpy() if {"opencv", "opencv-each", "pil"} & set(peers) else None
 
 
 def problems(data_set, pixels, n, generator):
@@ -320,7 +345,7 @@ def contestants(setting, problem, peers):
     mine, floats = "ours", problem.images.is_floating_point()
     if setting == "warp":
         mine = "ours float32" if floats else "ours uint8"
-        peers = [name for name in peers if (name in FLOAT_ONLY) == floats]
+        peers = [name for name in peers if (name in FLOAT_ONLY) == floats and name not in STEP_ONLY]
     return {mine: ours, **{name: PEERS[name] for name in peers}}
 
 
@@ -582,7 +607,8 @@ def draw(rows, path):
     axes[2].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
-    names = dict.fromkeys(row["library"] for row in rows if row["setting"] == "warp" and drawn(row["library"]))
+    names = dict.fromkeys(row["library"] for row in rows if drawn(row["library"]) and row["library"][:5] != "ours,")
+    names.pop("ours", None)
     names = sorted(names, key=lambda name: not name.startswith("ours"))
     handles = [plt.Line2D([], [], color=colour_of(name), linestyle=style_of(name), marker="o", markersize=4,
                           label=LABELS.get(name, name)) for name in names]
@@ -634,7 +660,7 @@ def main():
     batches = [64, 1024] if args.quick else args.batches or [64, 1024, 16384]
     torch.set_num_threads(args.threads)
     peers = installed(args.peers, device)
-    if "opencv" in peers:
+    if {"opencv", "opencv-each"} & set(peers):
         importlib.import_module("cv2").setNumThreads(args.threads)
     bandwidth = copy_bandwidth(device) if device.type == "cuda" and not args.check else None
     record = {"command": " ".join(["python", "benchmarks/warp.py", *sys.argv[1:]]),

@@ -3,6 +3,7 @@ arithmetic, its indices, and what its barriers have to order, tested without a G
 barriers are there, and the few instructions that csrc/warp_steps.h writes for the device alone."""
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def steps(tmp_path_factory):
     command = ["c++", "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC",
                f"-I{ROOT / 'csrc'}", *(f"-I{path}" for path in include_paths()), str(ROOT / "tests/warp_steps.cpp"),
                "-o", str(library)]
+    if os.environ.get("MINTER_SANITIZE") == "1":
+        command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
