@@ -70,7 +70,7 @@ BUDGET = 0.5  # seconds of samples for each contestant
 # coordinates to 1/32 of a pixel: 1/64 off at most on either axis, where neighbours differ by 100 grey levels or so.
 LIMITS = {"kornia": 0.1, "grid_sample": 0.1, "opencv": 5, "opencv-each": 5, "pil": 1.01, "torchvision": 1.01}
 GRADIENT_LIMIT = 0.01  # difference of gradients, relative in the Euclidean norm
-LABELS = {"opencv": "OpenCV", "opencv-each": "OpenCV, normalised each", "pil": "PIL"}
+LABELS = {"opencv": "OpenCV", "opencv-each": "OpenCV, one by one", "pil": "PIL"}
 MODULES = {"kornia": "kornia", "grid_sample": "torch", "opencv": "cv2", "opencv-each": "cv2", "pil": "PIL",
            "torchvision": "torchvision"}
 LOOPS = ("opencv", "opencv-each", "pil", "torchvision")
@@ -613,7 +613,8 @@ def draw(rows, path):
     handles = [plt.Line2D([], [], color=colour_of(name), linestyle=style_of(name), marker="o", markersize=4,
                           label=LABELS.get(name, name)) for name in names]
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=8, columnspacing=1.4)
+    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=8, columnspacing=1,
+                  handlelength=1.6)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
