@@ -71,8 +71,10 @@ bench-train: setup
 GPU ?= h200
 bench-gpu: setup
 	$(BIN)/python -m pytest tests/test_warp.py tests/test_fuzz.py tests/test_running.py
-	for tool in memcheck racecheck initcheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python benchmarks/warp.py --device cuda --check || exit 1; \
+	for tool in memcheck racecheck initcheck synccheck; do \
+	    export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python benchmarks/warp.py --device cuda --check --peers && \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/test_fuzz.py -k references || exit 1; \
 	done
 	$(BIN)/python benchmarks/resources.py --output results/warp-cuda-resources.json
 	$(BIN)/python benchmarks/warp.py --device cuda --output results/warp-$(GPU).json --plot results/warp-$(GPU).png

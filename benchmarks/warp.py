@@ -572,11 +572,13 @@ def draw(rows, path):
     size = min(row["size"] for row in rows)
     colours = {name: f"C{i}" for i, name in enumerate(PEERS)}
 
+    reused = any(row["library"].endswith("out=") for row in rows)
+
     def drawn(name):
         return "," not in name or name.endswith("out=")
 
     def colour_of(name):
-        return colours.get(name, "black" if name.endswith("out=") else "grey")
+        return colours.get(name, "grey" if reused and not name.endswith("out=") else "black")
 
     def style_of(name):
         return "--" if "float32" in name else "-"
@@ -591,7 +593,7 @@ def draw(rows, path):
         axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="images/s",
                  title=f"{setting}, {size} × {size}")
     n = max(row["n"] for row in rows if row["size"] == max(row["size"] for row in rows))
-    out = ", out=" if any(row["library"] == "ours, out=" for row in rows) else ""
+    out = ", out=" if reused else ""
     kinds = [("warp", "ours uint8", "-"), ("warp", "ours float32", "--"), ("step float32", "ours", "-."),
              ("step bfloat16", "ours", ":")]
     for setting, name, style in kinds:

@@ -175,7 +175,8 @@ def run_call(call, through):
 def test_a_valid_call_gives_the_references_result(call, through, device):
     before = call["images"].clone()
     result = run_call(on(device, call), through)
-    tolerance = 1e-9 if call["images"].dtype == torch.float64 else 0.01  # grey levels
+    exact = {"cpu": 0.01, "cuda": 0.03}[device]  # grey levels
+    tolerance = 1e-9 if call["images"].dtype == torch.float64 else exact
     assert same(result.cpu(), reference(**call), tolerance) and result.is_contiguous()
     assert torch.equal(call["images"], before)
 
