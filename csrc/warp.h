@@ -123,7 +123,7 @@ WARP_INLINE bool inside(const View& view, const Point& p) {
          p.v >= static_cast<double>(view.top) && p.v < static_cast<double>(view.bottom);
 }
 
-// The largest doubt, in pixels, with which float32 stays within 0.02 grey levels on the CPU, 0.03 on CUDA. Steeper maps,
+// The largest doubt, in pixels, with which float32 stays within 0.02 grey levels on the CPU, measured. Steeper maps,
 // which magnify its rounding, are computed in float64; of those that the methods draw, none up to 128 pixels a side, one
 // in 500 at 256.
 constexpr double kMaxDoubt = 5e-4;

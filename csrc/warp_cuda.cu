@@ -1,11 +1,9 @@
 // The warp on CUDA: one launch, one block for each image (several for a large one), no synchronisation with the host.
 // What a block does, step by step, is in warp_steps.h.
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 
 #include <cuda_runtime.h>

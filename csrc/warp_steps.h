@@ -65,26 +65,19 @@ WARP_INLINE int planes_of(const Warp& w) {
   return (channels_of<kChannels>(w) + kPacked<In> - 1) / kPacked<In>;
 }
 
-// A few instructions with their meaning, for the host too, on which the steps of a block can be run one by one.
 WARP_INLINE uint32_t bits_of(float value) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(value);
-#else
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
-#endif
 }
 
 WARP_INLINE float float_of(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
-#endif
 }
+
+// A few instructions with their meaning, for the host too, on which the steps of a block can be run one by one.
 
 // Four bytes of the eight of `low` and `high`, chosen by the hexadecimal digits of `which`.
 WARP_INLINE uint32_t bytes_of(uint32_t low, uint32_t high, uint32_t which) {
@@ -217,8 +210,10 @@ WARP_INLINE void repeat_border(const Tile& t, int planes, uint32_t* tile, int th
   }
 }
 
-// Where a pixel is read: the upper left tap, counted in the window with its border, and the fractions.
+// Where a pixel is read: the upper left tap, counted in the window with its border, and the fractions. kUnit: of what is
+// interpolated there.
 struct Place {
+  static constexpr float kUnit = 1;
   bool inside;
   int left, top;
   float fx, fy;
@@ -226,6 +221,19 @@ struct Place {
 
 // The place of a point outside, which is as good as any.
 WARP_INLINE Place nowhere() { return {false, 1, 1, 0, 0}; }
+
+// The same of uint8 images in shared memory: some 70 instructions for a pixel of three channels (SASS for sm_90). The
+// column is in fixed point, with 15 bits behind the point, so that one instruction adds two products of a weight and a
+// byte: 0.004 grey levels off at most.
+struct FixedPlace {
+  static constexpr float kUnit = 1.0f / 32768;
+  bool inside;
+  int at;            // of the upper left word in the tile; 0 outside
+  uint32_t weights;  // 16 bits of the left word, 16 of the right
+  float fy;
+};
+
+constexpr int kMostFixedColumns = 253;  // (columns + 1/2) 2^15 < 2^23
 
 // A point in float32, counted from the window's centre. Sets `doubt` where that cannot tell whether it is inside. x, y:
 // from the centre of the output.
@@ -246,6 +254,15 @@ WARP_INLINE Place place(const CentredMap& m, float x, float y, bool& doubt) {
   const float left = floor_among(column), top = floor_among(row);
   return {true, static_cast<int>(bits_of(left) & 0x7fffffu), static_cast<int>(bits_of(top) & 0x7fffffu),
           column - (left - 8388608.0f), row - (top - 8388608.0f)};
+}
+
+WARP_INLINE FixedPlace fixed_place(const CentredMap& m, int pitch, float x, float y, bool& doubt) {
+  const CentredPoint point = centred_point(m, x, y, doubt);
+  const uint32_t column = bits_of(fmaf(point.u, 32768.0f, (m.half_u + 0.5f) * 32768.0f + 8388608.0f));
+  const float row = point.v + (m.half_v + 0.5f), top = floor_among(row);
+  const uint32_t at = (bits_of(top) & 0x7fffffu) * static_cast<uint32_t>(pitch) + (column >> 15 & 255u);
+  return {point.inside, point.inside ? static_cast<int>(at) : 0, (column & 32767u) * 65535u + 32768u,
+          row - (top - 8388608.0f)};
 }
 
 // In float64.
@@ -277,15 +294,39 @@ WARP_INLINE void load_taps(const Warp& w, const Tile& t, const uint32_t* tile, c
   }
 }
 
+template <typename In, bool kStaged, int kChannels>
+WARP_INLINE void load_taps(const Warp&, const Tile& t, const uint32_t* tile, const FixedPlace& p, int plane,
+                           uint32_t (&words)[4]) {
+  const uint32_t* from = tile + plane * t.plane + p.at;
+  words[0] = from[0], words[1] = from[1], words[2] = from[t.pitch], words[3] = from[t.pitch + 1];
+}
+
 // One channel of four words, interpolated.
 template <typename In>
-WARP_INLINE float interpolate(const uint32_t (&words)[4], int i, float fx, float fy) {
+WARP_INLINE float interpolate(const uint32_t (&words)[4], int i, const Place& p) {
   float t[4];
   for (int k = 0; k < 4; ++k) {
     t[k] = std::is_same_v<In, float> ? float_of(words[k]) : static_cast<float>(words[k] >> 8 * i & 255u);
   }
-  const float gx = 1 - fx, gy = 1 - fy;
+  const float fx = p.fx, fy = p.fy, gx = 1 - fx, gy = 1 - fy;
   return fmaf(fmaf(t[0], gx, t[1] * fx), gy, fmaf(t[2], gx, t[3] * fx) * fy);
+}
+
+// 2^23 and the weighted sum of byte i of two words.
+WARP_INLINE float weighted_among(uint32_t left, uint32_t right, int i, uint32_t weights) {
+  const uint32_t bytes = bytes_of(left, right, static_cast<uint32_t>((4 + i) << 4 | i));
+#ifdef __CUDA_ARCH__
+  return float_of(__dp2a_lo(weights, bytes, 0x4b000000u));
+#else
+  return float_of((weights & 65535u) * (bytes & 255u) + (weights >> 16) * (bytes >> 8 & 255u) + 0x4b000000u);
+#endif
+}
+
+template <typename In>
+WARP_INLINE float interpolate(const uint32_t (&words)[4], int i, const FixedPlace& p) {
+  const float above = weighted_among(words[0], words[1], i, p.weights);
+  const float below = weighted_among(words[2], words[3], i, p.weights);
+  return fmaf(p.fy, below - above, above - 8388608.0f);
 }
 
 // The value outside the image, in the output's range where that has one.
@@ -334,8 +375,14 @@ WARP_INLINE void store(Out* out, const float (&values)[kPixels]) {
   }
 }
 
-WARP_INLINE float scale_of(const Warp& w, int channel) { return w.scale ? w.scale[channel] : 1.0f; }
-WARP_INLINE float shift_of(const Warp& w, int channel) { return w.shift ? w.shift[channel] : 0.0f; }
+// What an interpolated value becomes, inside: value * scale + shift; and what is written outside.
+struct Normalization { float scale, shift, fill; };
+
+template <typename Out>
+WARP_INLINE Normalization normalization_of(const Warp& w, int channel, float unit) {
+  const float scale = w.scale ? w.scale[channel] : 1.0f, shift = w.shift ? w.shift[channel] : 0.0f;
+  return {scale * unit, shift, fmaf(fill_value<Out>(w), scale, shift)};
+}
 
 // Of a pixel within an image: those that fit into shared memory are small.
 template <bool kStaged>
@@ -343,9 +390,9 @@ using Offset = std::conditional_t<kStaged, int, int64_t>;
 
 // kPixels pixels beside each other, whose places are known, to `out`. kChannels: their number, with what normalises them
 // in registers; 0: any.
-template <typename In, typename Out, bool kStaged, int kChannels, int kPixels>
-WARP_INLINE void write_pixels(const Warp& w, const Tile& t, const uint32_t* tile, const Place (&places)[kPixels],
-                              const float* scales, const float* shifts, float fill, Out* out) {
+template <typename In, typename Out, bool kStaged, int kChannels, int kPixels, typename AnyPlace>
+WARP_INLINE void write_pixels(const Warp& w, const Tile& t, const uint32_t* tile, const AnyPlace (&places)[kPixels],
+                              const Normalization* known, Out* out) {
   const int channels = channels_of<kChannels>(w);
   const Offset<kStaged> pixels = static_cast<Offset<kStaged>>(w.height) * static_cast<Offset<kStaged>>(w.width);
   UNROLL for (int plane = 0; plane * kPacked<In> < channels; ++plane) {
@@ -356,73 +403,14 @@ WARP_INLINE void write_pixels(const Warp& w, const Tile& t, const uint32_t* tile
       UNROLL for (int i = 0; i < kPacked<In>; ++i) {
         const int c = plane * kPacked<In> + i;
         if (c >= channels) break;
-        const float value = selected(places[j].inside, interpolate<In>(words, i, places[j].fx, places[j].fy), fill);
-        const float scale = kChannels > 0 ? scales[c] : scale_of(w, c), shift = kChannels > 0 ? shifts[c] : shift_of(w, c);
-        made[i][j] = std::is_same_v<Out, uint8_t> ? value : fmaf(value, scale, shift);
+        const Normalization k = kChannels > 0 ? known[c] : normalization_of<Out>(w, c, AnyPlace::kUnit);
+        const float value = fmaf(interpolate<In>(words, i, places[j]), k.scale, k.shift);
+        made[i][j] = selected(places[j].inside, value, k.fill);
       }
     }
     UNROLL for (int i = 0; i < kPacked<In>; ++i) {
       const int c = plane * kPacked<In> + i;
       if (c < channels) store<Out, kPixels>(out + c * pixels, made[i]);
-    }
-  }
-}
-
-// uint8 images in shared memory, four pixels at a time: some 70 instructions for a pixel of three channels. The column
-// is in fixed point, with 15 bits behind the point, so that one instruction adds two products of a weight and a byte:
-// that is 0.004 grey levels off at most. Its sum is put into the last places of 2^23, which is then taken away.
-constexpr int kMostFixedColumns = 253;  // (columns + 1/2) 2^15 < 2^23
-
-struct FixedPlace {
-  bool inside;
-  int at;            // of the upper left word in the tile; 0 outside
-  uint32_t weights;  // 16 bits of the left word, 16 of the right
-  float fy;
-};
-
-WARP_INLINE FixedPlace fixed_place(const CentredMap& m, int pitch, float x, float y, bool& doubt) {
-  const CentredPoint point = centred_point(m, x, y, doubt);
-  const uint32_t column = bits_of(fmaf(point.u, 32768.0f, (m.half_u + 0.5f) * 32768.0f + 8388608.0f));
-  const float row = point.v + (m.half_v + 0.5f), top = floor_among(row);
-  const uint32_t at = (bits_of(top) & 0x7fffffu) * static_cast<uint32_t>(pitch) + (column >> 15 & 255u);
-  return {point.inside, point.inside ? static_cast<int>(at) : 0, (column & 32767u) * 65535u + 32768u, row - (top - 8388608.0f)};
-}
-
-// 2^23 and the weighted sum of byte i of two words.
-WARP_INLINE float weighted_among(uint32_t left, uint32_t right, int i, uint32_t weights) {
-  const uint32_t bytes = bytes_of(left, right, static_cast<uint32_t>((4 + i) << 4 | i));
-#ifdef __CUDA_ARCH__
-  return float_of(__dp2a_lo(weights, bytes, 0x4b000000u));
-#else
-  return float_of((weights & 65535u) * (bytes & 255u) + (weights >> 16) * (bytes >> 8 & 255u) + 0x4b000000u);
-#endif
-}
-
-// scales: of values 2^15 times as large. fills: normalised.
-template <typename Out, int kChannels>
-WARP_INLINE void write_fixed(const Warp& w, const Tile& t, const uint32_t* tile, const FixedPlace (&places)[4],
-                             const float* scales, const float* shifts, const float* fills, Out* out) {
-  const int channels = channels_of<kChannels>(w), pixels = static_cast<int>(w.height) * static_cast<int>(w.width);
-  UNROLL for (int plane = 0; plane * 3 < channels; ++plane) {
-    float made[3][4];
-    UNROLL for (int j = 0; j < 4; ++j) {
-      const uint32_t* from = tile + plane * t.plane + places[j].at;
-      const uint32_t words[4] = {from[0], from[1], from[t.pitch], from[t.pitch + 1]};
-      UNROLL for (int i = 0; i < 3; ++i) {
-        const int c = plane * 3 + i, k = kChannels > 0 ? c : 0;
-        if (c >= channels) break;
-        const float above = weighted_among(words[0], words[1], i, places[j].weights);
-        const float below = weighted_among(words[2], words[3], i, places[j].weights);
-        const float value = fmaf(places[j].fy, below - above, above - 8388608.0f);
-        const float scale = kChannels > 0 ? scales[k] : scale_of(w, c) / 32768;
-        const float shift = kChannels > 0 ? shifts[k] : shift_of(w, c);
-        const float fill = kChannels > 0 ? fills[k] : fmaf(fill_value<Out>(w), scale_of(w, c), shift);
-        made[i][j] = selected(places[j].inside, fmaf(value, scale, shift), fill);
-      }
-    }
-    UNROLL for (int i = 0; i < 3; ++i) {
-      const int c = plane * 3 + i;
-      if (c < channels) store<Out, 4>(out + c * pixels, made[i]);
     }
   }
 }
@@ -443,7 +431,7 @@ WARP_APART void sample_exactly(const Warp& w, int64_t n, const CentredMap& m, co
         if (!again) centred_point(m, x0 + static_cast<float>(column), y0 + static_cast<float>(row), again);
         if (!again) continue;
         const Place places[1] = {exact_place(k, view, row, column)};
-        write_pixels<In, Out, kStaged, 0, 1>(w, t, tile, places, nullptr, nullptr, fill_value<Out>(w),
+        write_pixels<In, Out, kStaged, 0, 1>(w, t, tile, places, nullptr,
                                              output + static_cast<Offset<kStaged>>(row) * width + column);
       }
     }
@@ -456,27 +444,26 @@ WARP_INLINE void sample(const Warp& w, int64_t n, const CentredMap& shared_map, 
                         int first_row, int past_row, int thread, Out* output) {
   constexpr int kAcross = 32 / kPixels;  // threads beside each other, which do 32 pixels
   const CentredMap m = shared_map;       // in registers
-  const int width = static_cast<int>(w.width), height = static_cast<int>(w.height);
-  float scales[kChannels > 0 ? kChannels : 1], shifts[kChannels > 0 ? kChannels : 1];
-  for (int c = 0; c < kChannels; ++c) scales[c] = scale_of(w, c), shifts[c] = shift_of(w, c);
-  const float fill = fill_value<Out>(w), x0 = 0.5f - 0.5f * width, y0 = 0.5f - 0.5f * height;
   constexpr bool kFixed = std::is_same_v<In, uint8_t> && kStaged && kPixels == 4;
-  float large_scales[kChannels > 0 ? kChannels : 1], fills[kChannels > 0 ? kChannels : 1];
-  for (int c = 0; c < kChannels; ++c) large_scales[c] = scales[c] / 32768, fills[c] = fmaf(fill, scales[c], shifts[c]);
+  using AnyPlace = std::conditional_t<kFixed, FixedPlace, Place>;
+  const int width = static_cast<int>(w.width), height = static_cast<int>(w.height);
+  Normalization known[kChannels > 0 ? kChannels : 1];
+  for (int c = 0; c < kChannels; ++c) known[c] = normalization_of<Out>(w, c, AnyPlace::kUnit);
+  const float x0 = 0.5f - 0.5f * width, y0 = 0.5f - 0.5f * height;
   bool doubt = m.exact;
   for (int row = first_row + thread / kAcross; row < past_row && !m.exact; row += kImageThreads / kAcross) {
     for (int column = kPixels * (thread % kAcross); column < width; column += 32) {
-      Out* out = output + static_cast<Offset<kStaged>>(row) * width + column;
       const float first = x0 + static_cast<float>(column), y = y0 + static_cast<float>(row);
-      if constexpr (kFixed) {
-        FixedPlace places[4];
-        UNROLL for (int j = 0; j < 4; ++j) places[j] = fixed_place(m, t.pitch, first + j, y, doubt);
-        write_fixed<Out, kChannels>(w, t, tile, places, large_scales, shifts, fills, out);
-      } else {
-        Place places[kPixels];
-        UNROLL for (int j = 0; j < kPixels; ++j) places[j] = place(m, first + j, y, doubt);
-        write_pixels<In, Out, kStaged, kChannels, kPixels>(w, t, tile, places, scales, shifts, fill, out);
+      AnyPlace places[kPixels];
+      UNROLL for (int j = 0; j < kPixels; ++j) {
+        if constexpr (kFixed) {
+          places[j] = fixed_place(m, t.pitch, first + j, y, doubt);
+        } else {
+          places[j] = place(m, first + j, y, doubt);
+        }
       }
+      write_pixels<In, Out, kStaged, kChannels, kPixels>(w, t, tile, places, known,
+                                                         output + static_cast<Offset<kStaged>>(row) * width + column);
     }
   }
   if (!doubt) return;
