@@ -233,7 +233,8 @@ struct FixedPlace {
   float fy;
 };
 
-constexpr int kMostFixedColumns = 253;  // (columns + 1/2) 2^15 < 2^23
+// Wider images have points that are less exact in themselves. (It could be 255 at most: (columns + 1/2) 2^15 < 2^23.)
+constexpr int kMostFixedColumns = 128;
 
 // A point in float32, counted from the window's centre. Sets `doubt` where that cannot tell whether it is inside. x, y:
 // from the centre of the output.
