@@ -175,7 +175,9 @@ def run_call(call, through):
 def test_a_valid_call_gives_the_references_result(call, through, device):
     before = call["images"].clone()
     result = run_call(on(device, call), through)
-    exact = {"cpu": 0.01, "cuda": 0.03}[device]  # grey levels
+    exact = {"cpu": 0.01, "cuda": 0.03}[device]  # grey levels, for points in float32
+    if device == "cpu" and call["images"].dtype == torch.uint8:
+        exact += 255 / 2**16  # blended along a row by 2^-15 of a pixel, rounded
     tolerance = 1e-9 if call["images"].dtype == torch.float64 else exact
     assert same(result.cpu(), reference(**call), tolerance) and result.is_contiguous()
     assert torch.equal(call["images"], before)
