@@ -58,6 +58,8 @@ sanitize: setup
 bench: setup
 	$(PIP) --quiet kornia opencv-python-headless
 	$(BIN)/python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 \
+	    $(BIN)/python benchmarks/warp.py --output results/warp-cpu-memory-kept.json
 
 bench-train: setup
 	$(BIN)/python benchmarks/train.py step --output results/train-cpu.json

@@ -3,6 +3,10 @@
     python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
     python benchmarks/warp.py --device cuda --output results/warp-cuda.json --plot results/warp-cuda.png
     python benchmarks/warp.py --quick
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 python benchmarks/warp.py
+
+The last line has glibc keep freed memory. As it is, what is larger than 32 MB is new memory each time, for every
+library, and how fast that comes depends on the system more than on any of them.
 
 Two ways of ours: a new tensor for each result, as all others make, and "out=": one and the same, written each time.
 
@@ -558,6 +562,8 @@ def circumstances(args, peers, device, bandwidth):
         "device": device.type, "processor": processor(), "cores": os.cpu_count(), "threads": args.threads,
         "load_average_before": os.getloadavg()[0], "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_targets": minter_warp.cpu_targets(), "build": minter_warp.build_info(), "versions": versions,
+        "environment": {name: value for name, value in os.environ.items()
+                        if name.startswith(("MALLOC_", "OMP_", "GOMP_", "KMP_"))},
         **({"gpu": torch.cuda.get_device_name(device), "copy_bytes_per_second": bandwidth} if bandwidth else {}),
     }
 
@@ -606,7 +612,7 @@ def draw(rows, path):
     axes[2].set_xticks(sizes, [str(side) for side in sizes])
     axes[2].minorticks_off()
     axes[2].set_ylim(0)
-    axes[2].legend(fontsize=8)
+    axes[2].legend(fontsize=8, loc=(0.03, 0.27))  # between ours of uint8 and of float32
     for axis in axes:
         axis.grid(alpha=0.3)
     names = dict.fromkeys(row["library"] for row in rows if drawn(row["library"]) and row["library"][:5] != "ours,")

@@ -24,7 +24,7 @@ typedef float Floats __attribute__((vector_size(4 * MINTER_LANES), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * MINTER_LANES), may_alias));
 typedef uint16_t Words __attribute__((vector_size(4 * MINTER_LANES), may_alias));
 
-// ---------------------------------------------------------------------------------------- what the two have not in common
+// ------------------------------------------------------------------------------------------------ where the two differ
 
 #if MINTER_LANES == 16
 
@@ -150,7 +150,7 @@ LOCAL Ints load_points(const uint64_t* records, const int32_t* at, int j) {
   return (Ints)_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
 }
 
-LOCAL Floats kept(Floats value) { return value; }
+LOCAL Floats kept(Floats value) { return value; }  // 16 registers are too few for that
 
 #define SHUFFLE_BYTES(a, order) (Ints) _mm256_shuffle_epi8((__m256i)(a), _mm256_broadcastsi128_si256(order))
 #define UNPACK(which, a, b) (Ints) _mm256_unpack##which((__m256i)(a), (__m256i)(b))
@@ -249,8 +249,8 @@ LOCAL bool locate(const CentredMap& m, const ByteGroups& groups, const ByteTerms
 }
 
 // The same where float32 cannot tell.
-LOCAL void locate_exactly(const Coefficients& k, const View& view, int64_t width, int64_t pitch, int64_t row, int64_t rows,
-                          ByteBlock& block) {
+LOCAL void locate_exactly(const Coefficients& k, const View& view, int64_t width, int64_t pitch, int64_t row,
+                          int64_t rows, ByteBlock& block) {
   for (int64_t y = 0; y < rows; ++y) {
     for (int64_t x = 0; x < width; ++x) {
       const Point point = source_point(k, row + y, x);

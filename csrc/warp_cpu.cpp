@@ -481,7 +481,7 @@ struct ByteFrame {
 
 struct ByteTerms {
   static constexpr int kMost = 256 + 16;  // a register may begin at the last; the last row again for padded groups
-  alignas(64) float x[kMost], y[kMost];             // centres, counted from the image's
+  alignas(64) float x[kMost], y[kMost];               // centres, counted from the image's
   alignas(64) float column[3][kMost], row[3][kMost];  // of the denominator, of u and of v
 
   explicit ByteTerms(const Warp& w) {
@@ -492,7 +492,7 @@ struct ByteTerms {
   }
 };
 
-// The registers that a block's points are computed in: which row and column each begins at, and which point of the block.
+// The registers that a block's points are computed in: the row and the column each begins at, and which point that is.
 struct ByteGroups {
   static constexpr int kTogether = 4;
   struct Group { int64_t row, column, first; };
