@@ -175,9 +175,12 @@ def run_call(call, through):
 def test_a_valid_call_gives_the_references_result(call, through, device):
     before = call["images"].clone()
     result = run_call(on(device, call), through)
-    exact = {"cpu": 0.01, "cuda": 0.03}[device]  # grey levels, for points in float32
-    if device == "cpu" and call["images"].dtype == torch.uint8:
-        exact += 255 / 2**16  # blended along a row by 2^-15 of a pixel, rounded
+    # In grey levels, as documented; on the CPU half of that up to 128 pixels a side (points are float32), but for uint8
+    # images, which are blended along a row by 2^-15 of a pixel, rounded.
+    exact = {"cpu": 0.02, "cuda": 0.03}[device]
+    if device == "cpu" and max(call["images"].shape[2:]) <= 128:
+        exact = 0.01 + (255 / 2**16 if call["images"].dtype == torch.uint8 else 0)
+    exact *= 1 if call["scale"] is None else max([1, *call["scale"].tolist()])
     tolerance = 1e-9 if call["images"].dtype == torch.float64 else exact
     assert same(result.cpu(), reference(**call), tolerance) and result.is_contiguous()
     assert torch.equal(call["images"], before)
