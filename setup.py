@@ -77,9 +77,10 @@ def extension():
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(home)
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp"]
-    # The oldest torch this build is to run with: 2.10, in the stable interface's notation.
-    compile_args = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp", "csrc/memory.cpp"]
+    # The oldest torch this build is to run with, in the stable interface's notation: 2.11, or 2.10 where that is here.
+    oldest = "0x020a000000000000" if torch.__version__.startswith("2.10.") else "0x020b000000000000"
+    compile_args = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={oldest}"]
     compile_args += [f'-DMINTER_TORCH="{torch.__version__}"']
     # Coordinates are rounded as PIL's are (csrc/warp.h); nobody looks at floating-point exceptions, which lets the
     # compiler turn a condition into a selection, and so vectorise, without any change of the results.

@@ -32,4 +32,13 @@ PYBIND11_MODULE(minter_warp, module) {
         if (!minter::set_cpu_target(name)) throw pybind11::value_error("this processor has no '" + name + "'");
       },
       "Makes the CPU kernel use these instructions, for tests and benchmarks; the results are the same bit for bit.");
+  module.def(
+      "keep_memory",
+      [](int64_t limit) {
+        if (limit < 0) throw pybind11::value_error("keep_memory takes a number of bytes, 0 or more");
+        return minter::keep_memory(limit);
+      },
+      pybind11::arg("limit"),
+      "How many bytes of freed outputs on the CPU, of more than 32 MB each, are kept for later ones (at first 2 GiB).\n"
+      "What is kept beyond that is freed: keep_memory(0) frees all and keeps none. Returns the limit there was.");
 }

@@ -27,6 +27,10 @@ Type type_of(ScalarType type) {
   }
 }
 
+int64_t size_of(Type type) {
+  return type == Type::uint8 ? 1 : type == Type::bfloat16 ? 2 : type == Type::float32 ? 4 : 8;
+}
+
 bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
@@ -75,8 +79,7 @@ Warp make_warp(const Tensor& images, const std::optional<Tensor>& coefficients, 
   w.stride_w = images.stride(3);
   w.batch = index ? index->numel() : w.num_images;
   w.fill = fill;
-  const size_t bytes = type == ScalarType::Byte ? 1 : type == ScalarType::Float ? 4 : 8;
-  w.images = aligned<void>(images.const_data_ptr(), bytes, "images");
+  w.images = aligned<void>(images.const_data_ptr(), size_of(type_of(type)), "images");
   w.index = optional_data<int64_t>(index, images, "index", ScalarType::Long, w.batch, 0);
   w.crop = optional_data<int64_t>(crop, images, "crop", ScalarType::Long, w.batch, 3);
   w.window = optional_data<int64_t>(window, images, "window", ScalarType::Long, w.batch, 4);
@@ -115,6 +118,22 @@ void run(const Warp& w, const Tensor& images, Type out, Tensor& output) {
   }
 }
 
+// In kept memory where there is some. Before torch 2.11 no tensor made here could say when it is freed.
+Tensor new_output(const Warp& w, const Tensor& images, ScalarType dtype) {
+#if defined(TORCH_VERSION_2_11_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
+  if (!images.is_cuda()) {
+    const int64_t pixels = w.height * w.width, element = size_of(type_of(dtype));
+    const Memory memory = take_memory(w.batch * w.channels * pixels * element);
+    if (memory.data) {
+      return torch::stable::from_blob(memory.data, {w.batch, w.channels, w.height, w.width},
+                                      {w.channels * pixels, pixels, w.width, 1}, images.device(), dtype,
+                                      [memory](void*) { give_back(memory); });
+    }
+  }
+#endif
+  return torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
+}
+
 Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
             const std::optional<Tensor>& crop, const std::optional<Tensor>& window, const std::optional<Tensor>& scale,
             const std::optional<Tensor>& shift, double fill, ScalarType dtype) {
@@ -122,7 +141,7 @@ Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, con
   const Type out = type_of(dtype);
   check_types(w, type_of(images.scalar_type()), out);
   const bool any = has_elements(w);
-  Tensor output = torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
+  Tensor output = new_output(w, images, dtype);
   if (any) run(w, images, out, output);
   return output;
 }

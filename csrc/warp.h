@@ -237,6 +237,17 @@ void warp_backward_cpu(const Warp&, Type in, const void* grad, void* grad_images
 std::vector<std::string> cpu_targets();
 bool set_cpu_target(const std::string& name);
 
+// Implemented in memory.cpp: memory for a large output on the CPU, of at least so many bytes, new or that of an earlier
+// one; none (null) where the output is small, larger than the limit or memory is short. give_back keeps it for later
+// outputs. keep_memory sets how many bytes are kept at most, frees what is more, and returns the limit there was.
+struct Memory {
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+Memory take_memory(int64_t bytes);
+void give_back(Memory memory);
+int64_t keep_memory(int64_t limit);
+
 void warp_cuda(const Warp&, Type in, Type out, void* output, void* stream);
 void warp_backward_cuda(const Warp&, Type in, const void* grad, void* grad_images, double* grad_coefficients,
                         void* stream);

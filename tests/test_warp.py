@@ -1,7 +1,13 @@
 """The warp: against PIL, against the PyTorch reference, its gradients, its training form, what must never happen."""
 
+import ctypes
 import functools
+import gc
+import io
 import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -572,6 +578,133 @@ def test_an_out_that_shares_memory_with_what_is_read_is_refused():
     assert torch.equal(both, before)
     projective_warp(both[:2], draw(2, 8), out=both[2:4])  # next to each other
     assert torch.equal(both[2:4], projective_warp(before[:2], draw(2, 8)))
+
+
+# ---------------------------------------------------------------------------------------- the memory of large outputs
+
+KEEPS = hasattr(common.minter_warp, "keep_memory") and sys.platform == "linux" and not torch.__version__[:5] == "2.10."
+keeping = pytest.mark.skipif(not KEEPS, reason="needs the extension, Linux and torch 2.11")
+LARGE = 3 * 64 * 64 * 4 * 1000  # bytes of make_large's result, 47 MB
+
+
+@pytest.fixture
+def kept_memory():
+    """minter_warp.keep_memory, nothing kept before and after."""
+    keep_memory = common.minter_warp.keep_memory
+    limit = keep_memory(0)
+    keep_memory(limit)
+    yield keep_memory
+    keep_memory(0)
+    keep_memory(limit)
+
+
+def large_problem(seed, n):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, 10, (n,), generator=generator)
+    return random_images(10, 64, 64), index, None, sample_coefficients(n, 64, generator)
+
+
+def make_large(seed, n=1000, out=None):
+    return warp_batch(*large_problem(seed, n), out=out)
+
+
+def resident():
+    """Bytes of this process that are in memory, but for what the C library holds of what was freed."""
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@keeping
+def test_the_memory_of_a_freed_output_is_used_again_and_that_of_a_live_one_never(kept_memory):
+    expected = [make_large(seed, out=torch.empty(1000, 3, 64, 64)) for seed in range(4)]
+    first, second = make_large(0), make_large(1)
+    place = first.data_ptr()
+    assert place % 64 == 0 and abs(place - second.data_ptr()) >= LARGE
+    part = first[10:20, 1]  # holds all of it
+    del first
+    third = make_large(2)
+    assert third.data_ptr() not in (place, second.data_ptr()) and torch.equal(part, expected[0][10:20, 1])
+    del part
+    fourth = make_large(3, n=900)  # a little less fits too
+    assert fourth.data_ptr() == place and torch.equal(fourth, make_large(3, n=900, out=torch.empty_like(fourth)))
+    assert torch.equal(second, expected[1]) and torch.equal(third, expected[2])
+    del fourth
+    assert make_large(3).data_ptr() == place  # all of it is there still
+
+
+@keeping
+@pytest.mark.skipif(os.environ.get("MINTER_SANITIZE") == "1", reason="the sanitizer holds freed memory back")
+def test_what_is_kept_stays_within_the_limit_and_is_freed_on_demand(kept_memory):
+    make_large(0), gc.collect()
+    kept_memory(0)
+    before, limit = resident(), 5 * LARGE // 2
+    assert kept_memory(limit) == 0
+    outputs = [make_large(seed) for seed in range(4)]
+    assert resident() - before > 3.8 * LARGE
+    places = [output.data_ptr() for output in outputs]
+    for _ in places:
+        outputs.pop(0)
+    assert 1.8 * LARGE < resident() - before < 2.3 * LARGE
+    assert [make_large(0).data_ptr(), make_large(1).data_ptr()] == [places[3], places[3]]  # the last that was freed
+    assert kept_memory(0) == limit
+    assert resident() - before < 0.3 * LARGE
+    output = make_large(0)
+    del output
+    assert resident() - before < 0.3 * LARGE  # nothing is kept any more
+    with pytest.raises(ValueError, match="0 or more"):
+        kept_memory(-1)
+
+
+@keeping
+def test_an_output_far_smaller_than_what_is_kept_does_not_take_it(kept_memory):
+    large = make_large(0, n=2500)
+    place = large.data_ptr()
+    del large
+    small = make_large(1)
+    assert small.data_ptr() != place and make_large(2, n=2000).data_ptr() == place
+
+
+@keeping
+def test_threads_and_processes_share_no_output(kept_memory):
+    expected = [make_large(seed, n=700 + 100 * seed, out=torch.empty(700 + 100 * seed, 3, 64, 64)) for seed in range(4)]
+
+    def make_and_drop(seed):
+        for _ in range(10):
+            output = make_large(seed, n=700 + 100 * seed)
+            if not torch.equal(output, expected[seed]):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(make_and_drop, range(4)))
+    output, problem = make_large(0), large_problem(1, 800)
+    before = output.clone()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # the others are not there any more
+        output.zero_()
+        del output
+        os._exit(0 if torch.equal(warp_batch(*problem), expected[1]) else 1)
+    assert os.waitpid(child, 0)[1] == 0 and torch.equal(output, before)
+
+
+@keeping
+def test_an_output_in_kept_memory_is_a_tensor_like_any_other(kept_memory):
+    make_large(0)  # leaves its memory
+    output, expected = make_large(1), make_large(1, out=torch.empty(1000, 3, 64, 64))
+    assert output.is_contiguous() and output.untyped_storage().nbytes() == LARGE
+    file = io.BytesIO()
+    torch.save(output[:2].clone(), file), file.seek(0)
+    assert torch.equal(torch.load(file), expected[:2]) and np.array_equal(output.numpy(), expected.numpy())
+    assert torch.equal(output.add_(1), expected + 1)
+    assert torch.equal(output.share_memory_(), expected + 1)  # as a DataLoader's worker does
+    place = output.data_ptr()
+    assert make_large(2).data_ptr() != place
+    parameters = torch.ones(1000, 1, 1, 1, requires_grad=True)
+    (make_large(3) * parameters).sum().backward()
+    assert torch.allclose(parameters.grad.flatten(), make_large(3, out=torch.empty_like(expected)).sum((1, 2, 3)),
+                          rtol=1e-3, atol=1e-1)
 
 
 # ------------------------------------------------------------------------------------------- compile, autocast, opcheck
