@@ -58,6 +58,7 @@ sanitize: setup
 bench: setup
 	$(PIP) --quiet kornia opencv-python-headless
 	$(BIN)/python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
+	$(BIN)/python benchmarks/warp.py --sizes 32 --batches 1024 --processes 11 --output results/warp-cpu-runs.json
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 \
 	    $(BIN)/python benchmarks/warp.py --output results/warp-cpu-memory-kept.json
 

@@ -311,13 +311,14 @@ def projective_warp(images, coefficients, fill=128.0, out=None):
     coefficients: (N, 8), (a, b, c, d, e, f, g, h) with u = (ax + by + c) / (gx + hy + 1) and
     v = (dx + ey + f) / (gx + hy + 1) from the centre (x, y) of an output pixel to the point (u, v) read, pixel centres
     at + 0.5. fill: value outside the image. out: what to write the result into and return, contiguous, sharing no
-    memory with what is read (a new batch of hundreds of megabytes is handed out by the system more slowly than it is
-    filled); None for a new tensor. Returns the type and shape of images, contiguous; without out, differentiable with
-    respect to float images and the coefficients, once and backwards (to forward mode, torch.func.jvp, it is constant).
-    Which pixels are filled is decided in float64; up to 256 pixels a side the points are otherwise in float32, and
-    along a row uint8 images are blended in fixed point, 1 / 32768 of a pixel: within 0.02 grey levels of the
-    reference's float64 on the CPU (.015 measured, black and white by turns); on CUDA, where it is not measured yet,
-    the tests allow 0.03. Raises ValueError and TypeError, and RuntimeError for more elements than there is memory for.
+    memory with what is read; None for a new tensor (on the CPU, one of more than 32 MiB is in memory that is kept for
+    later ones when it is freed, csrc/memory.cpp, and cannot be resized in place). Returns the type and shape of images,
+    contiguous; without out, differentiable with respect to float images and the coefficients, once and backwards (to
+    forward mode, torch.func.jvp, it is constant). Which pixels are filled is decided in float64; up to 256 pixels a
+    side the points are otherwise in float32, and along a row uint8 images are blended in fixed point, 1 / 32768 of a
+    pixel: within 0.02 grey levels of the reference's float64 on the CPU (.015 measured, black and white by turns); on
+    CUDA, where it is not measured yet, the tests allow 0.03. Raises ValueError and TypeError, and RuntimeError for more
+    elements than there is memory for.
     """
     if not isinstance(images, torch.Tensor) or not isinstance(coefficients, torch.Tensor):
         raise TypeError(f"projective_warp takes tensors, not {type(images).__name__} and {type(coefficients).__name__}")

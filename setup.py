@@ -78,7 +78,8 @@ def extension():
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp", "csrc/memory.cpp"]
-    # The oldest torch this build is to run with, in the stable interface's notation: 2.11, or 2.10 where that is here.
+    # The oldest torch this build runs with, in the stable interface's notation: 2.11, or 2.10 where that is built with
+    # (csrc/memory.cpp is of no use then).
     oldest = "0x020a000000000000" if torch.__version__.startswith("2.10.") else "0x020b000000000000"
     compile_args = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={oldest}"]
     compile_args += [f'-DMINTER_TORCH="{torch.__version__}"']

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from torch.utils.cpp_extension import include_paths
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import Parser, UserError, file_path, run_command  # noqa: E402
@@ -29,6 +27,8 @@ def main():
     parser.add_argument("--architecture", default="9.0", choices=MOST_THREADS)
     parser.add_argument("--output", type=file_path, help="JSON file for the figures")
     args = parser.parse_args()
+    from torch.utils.cpp_extension import include_paths  # warns where there is no GPU
+
     home, why = find_cuda_home()
     if home is None:
         raise UserError(why)

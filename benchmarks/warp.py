@@ -3,12 +3,17 @@
     python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
     python benchmarks/warp.py --device cuda --output results/warp-cuda.json --plot results/warp-cuda.png
     python benchmarks/warp.py --quick
+    python benchmarks/warp.py --sizes 32 --batches 1024 --processes 11 --output results/warp-cpu-runs.json
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 python benchmarks/warp.py
 
-The last line has glibc keep freed memory. As it is, what is larger than 32 MB is new memory each time, for every
-library, and how fast that comes depends on the system more than on any of them.
+--processes does it all so many times, each time in a process of its own, and reports the medians and the extremes:
+whether malloc reuses a library's temporaries or fetches them anew is settled by what else a process has allocated, and
+lasts.
+The last line has glibc keep all freed memory. As it is, what is larger than 32 MB is new memory each time, and how fast
+that comes depends on the system more than on any library.
 
-Two ways of ours: a new tensor for each result, as all others make, and "out=": one and the same, written each time.
+Two ways of ours: a new tensor for each result, as all others make (in memory of an earlier one that was freed, where it
+is larger than 32 MB), and "out=": one and the same, written each time.
 
 warp: images in, images out, each library with the type and the layout it likes best: uint8 for ours, PIL (a list of
 images), OpenCV (a list of arrays) and torchvision; float32 for ours, kornia and grid_sample. step: a training step's
@@ -35,7 +40,9 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -568,6 +575,53 @@ def circumstances(args, peers, device, bandwidth):
     }
 
 
+def repeated(args, sizes):
+    """What so many processes of this benchmark measure, one after the other: (head of the record, agreement, rows). In
+    a row, numbers are medians; with "_range", their extremes; with "_of_each", all of them in order."""
+    command = [sys.executable, __file__, "--device", args.device, "--threads", args.threads, "--repeats", args.repeats,
+               "--sizes", *sizes, *(["--batches", *args.batches] if args.batches else []),
+               *(["--quick"] if args.quick else []), "--peers", *args.peers]
+    records, rows = [], {}
+    for number in range(1, args.processes + 1):
+        print(f"\nprocess {number} of {args.processes}:", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "record.json")
+            done = subprocess.run([*map(str, command), "--output", str(path)], check=False)
+            if done.returncode:
+                raise UserError(f"process {number} of {args.processes} failed; what went wrong is said above")
+            records.append(json.loads(path.read_text()))
+        for row in records[-1]["rows"]:
+            rows.setdefault(tuple(row[name] for name in ("setting", "library", "size", "n")), []).append(row)
+    merged = []
+    for measured in rows.values():
+        row = {name: measured[0][name] for name in ("setting", "library", "size", "n", "measured_on")}
+        row["processes"] = len(measured)
+        for name in ("images_per_second", "megapixels_per_second", *RATIOS):
+            values = [other[name] for other in measured if other[name] is not None]
+            row[name] = statistics.median(values) if values else None
+            if values:
+                row[f"{name}_range"] = [min(values), max(values)]
+            if values and name in RATIOS:
+                row[f"{name}_of_each"] = values
+        merged.append(row)
+    head = {name: value for name, value in records[0].items() if name not in ("command", "agreement", "rows")}
+    return {"processes": args.processes, **head}, records[0]["agreement"], merged
+
+
+def show_repeated(rows):
+    """Medians, and in brackets the least and the largest."""
+    problem = None
+    for row in rows:
+        if problem != (problem := (row["setting"], row["size"], row["n"])):
+            print(f"\n{row['setting']}, {row['size']} x {row['size']}, N = {row['n']:,}: medians of {row['processes']} "
+                  f"processes, and extremes\n{'':22}{'images/s':>34}{'ours / it':>24}{'out= / it':>24}")
+        low, high = row["images_per_second_range"]
+        ratios = ["" if row[name] is None else "{:.1f} ({:.1f} to {:.1f})".format(row[name], *row[f"{name}_range"])
+                  for name in RATIOS]
+        speed = f"{row['images_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
+        print(f"{row['library']:22}{speed:>34}" + "".join(f"{ratio:>24}" for ratio in ratios))
+
+
 def draw(rows, path):
     """Images/s of each library against N for the warp and the step, and ours in megapixels/s against the size."""
     import matplotlib
@@ -651,6 +705,7 @@ def main():
     add("--repeats", type=positive(int), default=15, help="samples of each time at most (default: %(default)s)")
     add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with (default: all)")
     add("--quick", action="store_true", help="size 32 with N of 64 and 1024, and no other backward, in a minute")
+    add("--processes", type=positive(int), default=1, help="how many measure it all, one after the other (default: 1)")
     add("--check", action="store_true", help="see whether all agree, and time nothing")
     add("--output", type=file_path, help="JSON file for the figures")
     add("--plot", type=file_path, help="PNG file for the picture")
@@ -663,6 +718,8 @@ def main():
     for path in filter(None, (args.output, args.plot)):
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"cannot write '{path}': there is no such folder", exit_code=2)
+    if args.processes > 1 and (args.check or args.plot):
+        raise UserError("--processes goes with neither --check nor --plot", exit_code=2)
     sizes = [32] if args.quick else args.sizes
     if min(sizes) < 8:
         raise UserError("--sizes have to be 8 or more", exit_code=2)
@@ -671,9 +728,15 @@ def main():
     peers = installed(args.peers, device)
     if {"opencv", "opencv-each"} & set(peers):
         importlib.import_module("cv2").setNumThreads(args.threads)
+    command = {"command": " ".join(["python", "benchmarks/warp.py", *sys.argv[1:]])}
+    if args.processes > 1:
+        head, agreement, rows = repeated(args, sizes)
+        show_repeated(rows)
+        if args.output:
+            write(args.output, {**command, **head}, rows, agreement)
+        return
     bandwidth = copy_bandwidth(device) if device.type == "cuda" and not args.check else None
-    record = {"command": " ".join(["python", "benchmarks/warp.py", *sys.argv[1:]]),
-              **circumstances(args, peers, device, bandwidth)}
+    record = {**command, **circumstances(args, peers, device, bandwidth)}
     print(json.dumps(record, indent=1))
     agreement, rows = check_agreement(sizes, peers, device), []
     if args.check:

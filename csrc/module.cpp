@@ -39,6 +39,7 @@ PYBIND11_MODULE(minter_warp, module) {
         return minter::keep_memory(limit);
       },
       pybind11::arg("limit"),
-      "How many bytes of freed outputs on the CPU, of more than 32 MB each, are kept for later ones (at first 2 GiB).\n"
-      "What is kept beyond that is freed: keep_memory(0) frees all and keeps none. Returns the limit there was.");
+      "Sets how many bytes of freed outputs on the CPU, of more than 32 MiB each, this process keeps for later ones (at\n"
+      "first 2 GiB), and returns the limit there was. What is kept beyond it is freed: keep_memory(0) frees all and keeps\n"
+      "none. Nothing is kept before torch 2.11 and elsewhere than on Linux.");
 }

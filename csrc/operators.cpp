@@ -1,5 +1,5 @@
 // minter::warp, minter::warp_out and minter::warp_backward: what they accept, and their registration with PyTorch's
-// dispatcher through its stable C++ interface (torch 2.10 and newer).
+// dispatcher through its stable C++ interface: built with torch 2.10 for that and newer ones, else for 2.11 and newer.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -119,9 +119,9 @@ void run(const Warp& w, const Tensor& images, Type out, Tensor& output) {
 }
 
 // In kept memory where there is some. Before torch 2.11 no tensor made here could say when it is freed.
-Tensor new_output(const Warp& w, const Tensor& images, ScalarType dtype) {
+Tensor new_output(const Warp& w, const Tensor& images, ScalarType dtype, bool any) {
 #if defined(TORCH_VERSION_2_11_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
-  if (!images.is_cuda()) {
+  if (any && !images.is_cuda()) {
     const int64_t pixels = w.height * w.width, element = size_of(type_of(dtype));
     const Memory memory = take_memory(w.batch * w.channels * pixels * element);
     if (memory.data) {
@@ -141,7 +141,7 @@ Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, con
   const Type out = type_of(dtype);
   check_types(w, type_of(images.scalar_type()), out);
   const bool any = has_elements(w);
-  Tensor output = new_output(w, images, dtype);
+  Tensor output = new_output(w, images, dtype, any);
   if (any) run(w, images, out, output);
   return output;
 }

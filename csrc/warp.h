@@ -237,9 +237,10 @@ void warp_backward_cpu(const Warp&, Type in, const void* grad, void* grad_images
 std::vector<std::string> cpu_targets();
 bool set_cpu_target(const std::string& name);
 
-// Implemented in memory.cpp: memory for a large output on the CPU, of at least so many bytes, new or that of an earlier
-// one; none (null) where the output is small, larger than the limit or memory is short. give_back keeps it for later
-// outputs. keep_memory sets how many bytes are kept at most, frees what is more, and returns the limit there was.
+// Implemented in memory.cpp: memory for a large output on the CPU, of at least so many bytes and at a large page's border,
+// new or that of an earlier one; null where an ordinary tensor is to do: the output is small or larger than the limit,
+// memory is short, another thread is at it, or the system is not Linux. give_back keeps it for later outputs. keep_memory
+// sets how many bytes are kept at most, frees what is more, and returns the limit there was.
 struct Memory {
   void* data = nullptr;
   int64_t bytes = 0;

@@ -829,7 +829,7 @@ bool fits_32_bits(const Warp& w) {
   return w.height < (1 << 24) && w.width < (1 << 24) && (w.height + 2) * (w.width + 2) < (int64_t{1} << 30);
 }
 
-// A large output is new memory, which the system hands out page by page as it is written: ask for large pages.
+// New memory of a large output is handed out by the system page by page as it is written: ask for large pages.
 void advise(void* output, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t{2} << 20;

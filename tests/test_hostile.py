@@ -553,6 +553,7 @@ WRONG = {
     "--epochs": WHOLE, "--batch-size": WHOLE, "--image-size": [*WHOLE, "1025"], "--limit": WHOLE, "--passes": WHOLE,
     "--train-sizes": WHOLE, "--columns": WHOLE, "--pairs": WHOLE, "--n": WHOLE, "--repeats": WHOLE, "--sizes": WHOLE,
     "--batches": WHOLE, "--save-every": WHOLE, "--steps": WHOLE, "--images": WHOLE, "--workers": WHOLE,
+    "--processes": WHOLE,
     "--jobs": WHOLE, "--minutes": REAL, "--seeds": SEED,
     "--threads": [*WHOLE, "1025"],
     "--lr": REAL, "--temperature": REAL,
@@ -628,7 +629,7 @@ def test_every_flag_refuses_what_is_wrong(script, capsys):
     "vte_ba.py", "vte_infonce.py --pretrained a.ckpt --from-scratch", "stl.py --inv 0 --equi 0 --trans 0",
     "probe.py", "probe.py a.ckpt --json a.txt", "results/figures.py", "results/figures.py curves",
     "benchmarks/forms.py critic --n 0", "benchmarks/resources.py --architecture 1.0",
-    "benchmarks/warp.py --sizes 7", "avt.py --epoch", "avt.py ten",
+    "benchmarks/warp.py --sizes 7", "benchmarks/warp.py --processes 2 --check", "avt.py --epoch", "avt.py ten",
 ])
 def test_wrong_commands_end_with_2_and_one_sentence(command, tmp_path, monkeypatch, capsys):
     import runpy
