@@ -1,12 +1,13 @@
 // Memory of large outputs on the CPU. What is larger than 32 MiB the C library returns to the system as soon as it is
 // freed, and the next output gets new pages, which the system takes longer to hand out than the warp takes to fill them.
-// So the memory of freed outputs is kept for later ones, up to a limit, and the system may take it back when it is short.
+// So the memory of freed outputs is kept for later ones, up to a limit.
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
 
 #if defined(__linux__)
-#include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "warp.h"
@@ -24,7 +25,12 @@ struct Kept {
   int64_t bytes = 0;          // of them together
   int64_t limit = int64_t{2} << 30;
 
-  Kept() { freed.reserve(kMost); }  // freeing an output is not to fail for want of memory
+  Kept() {
+    freed.reserve(kMost);  // freeing an output is not to fail for want of memory
+#if defined(__linux__)
+    limit = std::min<int64_t>(limit, sysconf(_SC_PHYS_PAGES) / 8 * sysconf(_SC_PAGESIZE));
+#endif
+  }
 
   Memory remove(std::vector<Memory>::iterator block) {
     const Memory removed = *block;
@@ -77,9 +83,6 @@ void give_back(Memory memory) {
   Kept& k = kept();
   const std::unique_lock lock(k.mutex, std::try_to_lock);
   if (!lock || memory.bytes > k.limit || k.freed.size() == kMost) return std::free(memory.data);
-#if defined(MADV_FREE)
-  madvise(memory.data, memory.bytes, MADV_FREE);  // where memory is short, the system takes these pages before others
-#endif
   k.freed.push_back(memory);
   k.bytes += memory.bytes;
   k.shrink(k.limit);

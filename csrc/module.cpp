@@ -40,6 +40,7 @@ PYBIND11_MODULE(minter_warp, module) {
       },
       pybind11::arg("limit"),
       "Sets how many bytes of freed outputs on the CPU, of more than 32 MiB each, this process keeps for later ones (at\n"
-      "first 2 GiB), and returns the limit there was. What is kept beyond it is freed: keep_memory(0) frees all and keeps\n"
-      "none. Nothing is kept before torch 2.11 and elsewhere than on Linux.");
+      "first 2 GiB, or an eighth of the machine's memory where that is less), and returns the limit there was. What is\n"
+      "kept beyond it is freed: keep_memory(0) frees all and keeps none. Nothing is kept before torch 2.11 and elsewhere\n"
+      "than on Linux.");
 }
