@@ -1072,7 +1072,7 @@ class Run:
                 if len(lines) > finished:
                     write_atomically(self.log, lambda file: file.write("".join(lines[:finished]).encode()))
             except OSError as error:
-                raise UserError(f"cannot write '{self.log}' ({error}); what was there before is kept") from error
+                raise cannot_write(self.log, error) from error
             for remains in self.output.parent.glob(f"{self.output.name}.*.tmp"):  # of a process that was killed
                 remains.unlink(missing_ok=True)
         return finished + 1, position
@@ -1213,7 +1213,7 @@ class Run:
                 with open(self.log, "a") as log:
                     log.write(json.dumps(row) + "\n")
             except OSError as error:
-                raise UserError(f"cannot write '{self.log}' ({error}); what was there before is kept") from error
+                raise cannot_write(self.log, error) from error
             if self.epoch % self.args.save_every == 0 or self.epoch == self.args.epochs:
                 self._save(self.epoch)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
@@ -1228,7 +1228,7 @@ class Run:
         try:
             save_checkpoint(self.output, self.method, self.config, model, optimizer, epoch, position)
         except OSError as error:
-            raise UserError(f"cannot write '{self.output}' ({error}); what was there before is kept") from error
+            raise cannot_write(self.output, error) from error
         self._saved = epoch
 
     def _stop(self):
@@ -1280,6 +1280,11 @@ class Run:
 FORMAT_VERSION = 1
 
 
+def cannot_write(path, error):
+    return UserError(f"cannot write '{path}' ({error}); what was there before is kept: make it writable, and go on "
+                     "with --resume")
+
+
 def write_atomically(path, write):
     """write(file) by way of a temporary file: the path holds the old contents or the new, whole, never a part."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
@@ -1294,7 +1299,10 @@ def write_atomically(path, write):
             os.fsync(folder)
         finally:
             os.close(folder)
-    except RuntimeError as error:  # how torch.save reports a disk that is full
+    except RuntimeError as error:  # how torch.save reports a disk that is full, after what the system said of it
+        system = error.__context__
+        if isinstance(system, OSError):
+            raise OSError(system.errno, system.strerror) from error
         raise OSError(errno.EIO, str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,8 +21,8 @@ VARIANTS = ("global memory", "pixel by pixel", "fours", "fours, three channels")
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    library = tmp_path_factory.mktemp("steps") / "warp_steps.so"
+def steps(module_folder):
+    library = module_folder / "warp_steps.so"
     command = ["c++", "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC",
                f"-I{ROOT / 'csrc'}", *(f"-I{path}" for path in include_paths()), str(ROOT / "tests/warp_steps.cpp"),
                "-o", str(library)]

@@ -395,9 +395,9 @@ def test_the_hypernetwork_takes_the_code_from_the_other_image(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(module_folder):
     """Untrained models at the digits' own 8 pixels, measured in one command into a page that is there already."""
-    folder = tmp_path_factory.mktemp("equivariance")
+    folder = module_folder
     save(folder / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
     save(folder / "stl.ckpt", "stl", small_stl(), preset="code", inv=1.0, equi=1.0, trans=0.1, probabilistic=False)
     (folder / "page.md").write_text("# Before\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nAfter.\n")

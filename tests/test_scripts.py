@@ -69,9 +69,10 @@ ROWS = [  # name, script and its own flags, the method its checkpoint names
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(module_folder):
     """Both phases and the probe, each one command in one folder; every step's result."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder = module_folder / "vte"
+    folder.mkdir()
     results = {
         "pt": run("predictive_transform.py", *FEW, "--epochs", 2, "--output", "pt.ckpt", cwd=folder),
         "ba": run("vte_ba.py", "--pretrained", "pt.ckpt", *FEW, "--output", "ba.ckpt", cwd=folder),
@@ -151,9 +152,10 @@ def test_every_other_method_trains_and_is_probed_in_one_table(trained):
 
 
 @pytest.fixture(scope="module")
-def stl_trained(tmp_path_factory):
+def stl_trained(module_folder):
     """STL with its own encoder, an odd last batch, and SimCLR; one epoch each on few digits."""
-    folder = tmp_path_factory.mktemp("stl")
+    folder = module_folder / "stl"
+    folder.mkdir()
     few = ["--dataset", "digits", "--limit", 131, "--epochs", 1, "--batch-size", 64, "--image-size", 16]
     results = {
         "stl": run("stl.py", *few, "--output", "stl.ckpt", cwd=folder),
