@@ -94,7 +94,8 @@ Warp make_warp(const Tensor& images, const std::optional<Tensor>& coefficients, 
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
 #ifdef MINTER_CUDA
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "minter::warp: no current CUDA stream");
 #endif
   return stream;
 }

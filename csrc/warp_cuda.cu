@@ -1,6 +1,7 @@
 // The warp on CUDA: one launch, one block for each image (several for a large one), no synchronisation with the host.
 // What a block does, step by step, is in warp_steps.h.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <cmath>
