@@ -91,14 +91,14 @@ Warp make_warp(const Tensor& images, const std::optional<Tensor>& coefficients, 
   return w;
 }
 
+#ifdef MINTER_CUDA
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-#ifdef MINTER_CUDA
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
                   "minter::warp: no current CUDA stream");
-#endif
   return stream;
 }
+#endif
 
 void check_types(const Warp& w, Type in, Type out) {
   STD_TORCH_CHECK(in == out || (in != Type::float64 && (out == Type::float32 || out == Type::bfloat16)),
