@@ -18,7 +18,8 @@ BIN := $(VENV)/bin
 RUNS := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: demo test fuzz sanitize bench bench-train bench-gpu reproduce reproduce-cifar10 reproduce-stl10 \
+.PHONY: demo test fuzz sanitize bench bench-train bench-gpu bench-gpu-tests bench-gpu-sanitizers bench-gpu-warp \
+    bench-gpu-train reproduce reproduce-cifar10 reproduce-stl10 \
     reproduce-small reproduce-stl reproduce-stl-small lint setup clean
 
 setup: $(VENV)/.built
@@ -71,22 +72,34 @@ bench-train: setup
 	$(BIN)/python benchmarks/train.py probe --output results/probe-times-cpu.json
 
 # Where all packages are there already and none can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python
+# Each of its four parts is a target of its own, and what a part has measured so far lies in INTO whatever ends it.
 GPU ?= h200
-bench-gpu: setup
-	$(BIN)/python -m pytest tests/test_warp.py tests/test_fuzz.py tests/test_running.py
-	for tool in memcheck racecheck initcheck synccheck; do \
+INTO ?= results
+TOOLS ?= memcheck racecheck initcheck synccheck
+bench-gpu: bench-gpu-tests bench-gpu-sanitizers bench-gpu-warp bench-gpu-train
+
+bench-gpu-tests: setup
+	$(BIN)/python -m pytest tests/test_warp.py tests/test_fuzz.py
+	$(BIN)/python -m pytest tests/test_running.py -k gpu
+
+bench-gpu-sanitizers: setup
+	for tool in $(TOOLS); do \
 	    export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python benchmarks/warp.py --device cuda --check --peers && \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/test_fuzz.py -k references || exit 1; \
 	done
-	$(BIN)/python benchmarks/resources.py --output results/warp-cuda-resources.json
-	$(BIN)/python benchmarks/warp.py --device cuda --output results/warp-$(GPU).json --plot results/warp-$(GPU).png
-	$(BIN)/python benchmarks/train.py compile --device cuda --steps 200 --output results/train-compile-$(GPU).json
-	$(BIN)/python benchmarks/train.py step --device cuda --steps 200 --output results/train-$(GPU).json
-	$(BIN)/python benchmarks/train.py beside --device cuda --steps 200 --output results/train-beside-$(GPU).json
-	$(BIN)/python benchmarks/train.py scale --device cuda --steps 200 --output results/train-scale-$(GPU).json
-	$(BIN)/python benchmarks/train.py precision --device cuda --epochs 20 --output results/train-precision-$(GPU).json
-	$(BIN)/python benchmarks/train.py probe --device cuda --output results/probe-times-$(GPU).json
+
+bench-gpu-warp: setup
+	$(BIN)/python benchmarks/resources.py --output $(INTO)/warp-cuda-resources.json
+	$(BIN)/python benchmarks/warp.py --device cuda --output $(INTO)/warp-$(GPU).json --plot $(INTO)/warp-$(GPU).png
+
+bench-gpu-train: setup
+	$(BIN)/python benchmarks/train.py step --device cuda --steps 200 --output $(INTO)/train-$(GPU).json
+	$(BIN)/python benchmarks/train.py compile --device cuda --steps 200 --output $(INTO)/train-compile-$(GPU).json
+	$(BIN)/python benchmarks/train.py beside --device cuda --steps 200 --output $(INTO)/train-beside-$(GPU).json
+	$(BIN)/python benchmarks/train.py scale --device cuda --steps 200 --output $(INTO)/train-scale-$(GPU).json
+	$(BIN)/python benchmarks/train.py precision --device cuda --epochs 20 --output $(INTO)/train-precision-$(GPU).json
+	$(BIN)/python benchmarks/train.py probe --device cuda --output $(INTO)/probe-times-$(GPU).json
 
 # Stopped and called again, these go on. STUDY passes flags on: make reproduce STUDY="--seeds 0 --minutes 9"
 DATA ?= cifar10

@@ -448,7 +448,12 @@ def join_processes(device):
     device."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
+            if here > gpus:  # all of them say so, before any waits for the others
+                raise UserError(f"{here} processes were started on a machine with {gpus} GPU{'s' * (gpus > 1)}: give "
+                                f"torchrun --nproc_per_node={gpus}, or --device cpu")
+            device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             backend, bound = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
@@ -863,13 +868,16 @@ def choose_device(name):
 
 
 def choose_precision(name, device):
-    """float32 or bfloat16: what autocast computes convolutions and products in."""
+    """float32 or bfloat16: what autocast computes convolutions and products in. With float32, TF32 is switched off:
+    PyTorch takes it on CUDA for convolutions unless told otherwise."""
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         else:  # emulated bfloat16 is slower than float32
             checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
             name = "bf16" if any(getattr(torch.cpu, check, bool)() for check in checks) else "fp32"
+    if name == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
@@ -1155,7 +1163,8 @@ class Run:
             with torch.cuda.stream(self.copy_stream):
                 return rows.to(self.device, non_blocking=True), self.copy_stream.record_event()
 
-        on_device = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if cuda else {}
+        # of the stream, since it has an index
+        on_device = {"initializer": torch.cuda.set_device, "initargs": (self.copy_stream.device,)} if cuda else {}
         with ThreadPoolExecutor(1, **on_device) as thread:
             left, coming = iter(shares), deque()
             while True:

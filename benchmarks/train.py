@@ -319,6 +319,7 @@ def capabilities(device, dtype):
 def measure_steps(args):
     dtype = choose_precision("auto", torch.device(args.device))
     operations, bandwidth = capabilities(args.device, dtype)
+    device = {"dtype": str(dtype), "operations_per_second": operations, "bytes_per_second": bandwidth}
     print(f"{operations / 1e9:,.0f} GFLOP/s in {dtype}, {bandwidth / 1e9:,.0f} GB/s of copies\n"
           f"{'':26}{'images/s':>10}{'of ceiling':>12}{'x usual':>9}{'ms/step':>9}{'arithmetic':>12}{'bytes':>7}")
     images, rows = random_images(args.steps * args.batch_size, args.image_size), []
@@ -344,7 +345,8 @@ def measure_steps(args):
             usual = f"{row['times_usual']:9.2f}" if args.usual else f"{'':9}"
             print(f"{name:26}{rate['full']:10,.0f}{row['of_ceiling']:12.1%}{usual}{row['milliseconds_per_step']:9.1f}"
                   f"{row['share_of_arithmetic']:12.0%}{row['share_of_bandwidth']:7.0%}", flush=True)
-    return {"dtype": str(dtype), "operations_per_second": operations, "bytes_per_second": bandwidth, "rows": rows}
+            args.keep({**device, "rows": rows})
+    return {**device, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------------------ others
@@ -362,6 +364,7 @@ def measure_scale(args):
             rows.append({"images": n, "kept_on": where, "images_per_second": log[1]["images_per_second"],
                          "microseconds_per_image": 1e6 * seconds / (args.steps * args.batch_size)})
             print(f"{n:10,} images on the {where:7}{rows[-1]['images_per_second']:10,.0f} images/s", flush=True)
+            args.keep({"rows": rows})
     return {"rows": rows}
 
 
@@ -399,6 +402,7 @@ def measure_compile(args):
                                                                               logs.items()},
                          "first_epoch_seconds": {mode: log[0]["seconds"] for mode, log in logs.items()}})
             print(f"{name:26}" + "".join(f"{mode:>12}{value:8,.0f}" for mode, value in rate.items()), flush=True)
+            args.keep({"rows": rows})
     return {"rows": rows}
 
 
@@ -421,31 +425,43 @@ def measure_precision(args):
     return {"last_epoch": summary, "rows": rows}
 
 
-def train_beside(name, args, cores):
-    """One of the trainings side by side, in a process of its own; returns its images/s in each epoch."""
+def train_beside(name, args, cores, barrier):
+    """One of the trainings side by side, in a process of its own, which waits for the others before its second epoch;
+    returns its images/s in the epochs after that one but for the last, when others may have ended."""
     torch.set_num_threads(cores)
     images = random_images(args.steps * args.batch_size, args.image_size)
     with tempfile.TemporaryDirectory() as folder:
         if "PT" in SCRIPTS[name]:
             phase_one(images, args, folder)
-        log = train(name, images, args, folder, "--epochs", 2 + args.repeats)
-    return [row["images_per_second"] for row in log]
+        whole = common.Run.batches
+
+        def together(self, *samplers, **options):
+            if self.epoch == 2:
+                barrier.wait()
+            return whole(self, *samplers, **options)
+
+        with replaced(common.Run, batches=together):
+            log = train(name, images, args, folder, "--epochs", 3 + args.repeats)
+    return [row["images_per_second"] for row in log[2:-1]]
 
 
 def measure_beside(args):
-    """How much more several processes get out of one device than one does. Rates are of the middle epochs, in which all
-    of them run."""
-    rows = []
+    """How much more several processes get out of one device than one does."""
+    rows, keep = [], args.keep
+    args.keep = None  # it stays in this process
     for name in args.scripts or ("predictive_transform", "avt", "vte_ba"):
         for number in args.jobs:
             cores = max(1, os.cpu_count() // number)
-            with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as pool:
-                logs = list(pool.map(train_beside, *zip(*[(name, args, cores)] * number, strict=True)))
-            rates = [statistics.median(log[1:-1]) for log in logs]
+            spawn = multiprocessing.get_context("spawn")
+            with spawn.Manager() as manager, ProcessPoolExecutor(number, mp_context=spawn) as pool:
+                each = name, args, cores, manager.Barrier(number, timeout=300)  # where one fails, the others do too
+                logs = list(pool.map(train_beside, *zip(*[each] * number, strict=True)))
+            rates = [statistics.median(log) for log in logs]
             rows.append({"script": name, "processes": number, "images_per_second": rates, "together": sum(rates)})
             alone = rows[-1]["together"] / next(row["together"] for row in rows if row["script"] == name)
             print(f"{name:26}{number:3} side by side {sum(rates):10,.0f} images/s, {alone:.2f} times the first",
                   flush=True)
+            keep({"rows": rows})
     return {"rows": rows}
 
 
@@ -528,9 +544,14 @@ def main():
               "load_average_before": os.getloadavg()[0]}
     if args.device == "cuda":
         record["gpu"] = torch.cuda.get_device_name()
-    result = {**record, **KINDS[args.what](args)}
-    if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+
+    def keep(result):
+        """After each row, too: what has been measured is there, whatever ends the rest."""
+        if args.output:
+            Path(args.output).write_text(json.dumps({**record, **result}, indent=1) + "\n")
+
+    args.keep = keep
+    keep(KINDS[args.what](args))
 
 
 if __name__ == "__main__":

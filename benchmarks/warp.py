@@ -756,6 +756,8 @@ def main():
                 if new:
                     show(new)
                 rows += new
+                if args.output:  # what has been measured is there, whatever ends the rest
+                    write(args.output, record, rows, agreement)
         del data_set, pixels, problem
     for size, n in [(32, 1024)] if args.quick else [(32, 1024), (96, 64)]:
         rows += time_backward(size, n, args, device)

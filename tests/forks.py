@@ -1,6 +1,6 @@
 """Real processes without the seconds that importing torch takes: one that has imported everything, and has computed
 nothing yet, forks a child for each command. A child runs the script as __main__, in a folder and an environment of its
-own, and can be killed like any other process.
+own, and can be killed like any other process. All of them on the CPU, also where there is a GPU.
 """
 
 import atexit
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # where `--device auto` would take a GPU that is there
 
 
 class Forks:
@@ -23,7 +24,7 @@ class Forks:
     def __init__(self):
         few = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # small problems, machines with other work
         self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, env={**os.environ, **few})
+                                       text=True, env={**os.environ, **few, **ON_THE_CPU})
 
     def ask(self, **request):
         self.server.stdin.write(json.dumps(request) + "\n")

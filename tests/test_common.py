@@ -1,5 +1,6 @@
 """Encoders, data, and checkpoints."""
 
+import errno
 import hashlib
 import json
 import os
@@ -291,7 +292,28 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
         write_checkpoint(path)
+
+    def full_as_the_system_says(value, file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            full(value, file)
+
+    monkeypatch.setattr(torch, "save", full_as_the_system_says)
+    with pytest.raises(OSError, match="No space left") as left:
+        write_checkpoint(path)
+    assert left.value.errno == errno.ENOSPC
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_more_processes_than_gpus_are_refused_before_any_waits_for_the_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank in "01":
+        for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="2 processes were started on a machine with 1 GPU: .*nproc_per_node=1"):
+            common.join_processes(torch.device("cuda"))
+    assert not torch.distributed.is_initialized()
 
 
 class Bomb:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import ON_THE_CPU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
 import reproduce
@@ -72,6 +73,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setattr(reproduce, "prepare_data", lambda args: None)
+    monkeypatch.setattr(reproduce, "choose_device", lambda name: torch.device("cpu"))  # one at once
 
     def run(*flags, family="vte", methods=("pt", "vte_ba"), seeds=(0, 1), scale="small", code=0):
         command = ["reproduce.py", family, "--scale", scale, "--runs", "runs", "--pages", "."]
@@ -163,7 +165,8 @@ def test_a_signal_ends_it_as_the_time_limit_does(study):
                "from pathlib import Path; reproduce.ROOT = Path.cwd(); reproduce.prepare_data = lambda args: None; "
                "reproduce.run_command(reproduce.main)"]
     flags = ["vte", "--scale", "small", "--runs", "runs", "--pages", ".", "--methods", "pt"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, cwd=study.path)
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, cwd=study.path,
+                               env={**os.environ, **ON_THE_CPU})
     while not Path("calls").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -384,7 +387,7 @@ def test_a_real_study(tmp_path):
         (tmp_path / name).write_text("".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n" for mark in marks))
     command = [sys.executable, ROOT / "results/reproduce.py", "vte", "--scale", "tiny", "--dataset", "digits"]
     command += ["--seeds", "3", "--methods", "vte_ba", "--runs", tmp_path / "runs", "--pages", tmp_path]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **ON_THE_CPU})
     assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((tmp_path / "runs/digits-tiny/results.json").read_text())
     errors, equivariance = tables.collect(results)

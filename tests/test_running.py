@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import shared_forks
+from forks import ON_THE_CPU, shared_forks
 
 from common import load_checkpoint
 
@@ -351,7 +351,8 @@ def test_torchrun(whole):
     folder, _ = whole
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "vte_infonce.py"),
                "--pretrained", "pt.ckpt", *FEW, "--epochs", "1", "--output", "torchrun.ckpt"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200,
+                            env={**os.environ, **ON_THE_CPU})
     assert result.returncode == 0, result.stderr
     (row,) = rows_of(folder / "torchrun.jsonl")
     assert row["ceiling"] == pytest.approx((192 * 3.4657 + 8 * 2.0794) / 200, abs=1e-3)  # log 32 and, last, log 8

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import shared_forks
+from forks import ON_THE_CPU, shared_forks
 from sklearn.neighbors import KNeighborsClassifier
 from test_common import make_folder, write_checkpoint
 
@@ -32,7 +32,7 @@ def run(*command, cwd, code=0, environment=None):
     script, *rest = map(str, command)
     if environment:
         result = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True,
-                                env={**os.environ, **environment}, timeout=200)
+                                env={**os.environ, **ON_THE_CPU, **environment}, timeout=200)
     else:
         result = shared_forks().run(script, *rest, cwd=cwd)
     assert "Traceback" not in result.stderr, result.stderr
@@ -310,7 +310,8 @@ def test_a_folder_of_ones_own_alexnet_and_a_copied_script_without_the_extension(
     blocker.write_text("raise ImportError('not built')")
     command = [sys.executable, "predictive_transform.py", "--dataset", "pets", "--encoder", "alexnet", "--epochs", "1",
                "--batch-size", "10", "--precision", "fp32", "--output", "deep/er/pt.ckpt"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                            env={**os.environ, **ON_THE_CPU})
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the compiled warp is not built") == 1 and "float32" in result.stdout
     blocker.unlink()
@@ -370,7 +371,6 @@ def test_wrong_data(tmp_path):
     refused(*pt, "--dataset", "digits", "--batch-size", 1, cwd=tmp_path, code=2, says="--batch-size 1 is too small")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_asked_for_and_absent(tmp_path):
     refused("predictive_transform.py", "--dataset", "digits", "--device", "cuda", cwd=tmp_path, code=1,
             says="no CUDA device here")
