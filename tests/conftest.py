@@ -1,6 +1,9 @@
 import shutil
+import sys
 
 import pytest
+
+import common
 
 
 @pytest.fixture(scope="module")
@@ -9,3 +12,14 @@ def module_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("module")
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def the_device_is_the_cpu_unless_asked_for():
+    """So that the tests check the same where there is a GPU; forks.py has the same for processes of their own."""
+    choose_device = common.choose_device
+    with pytest.MonkeyPatch.context() as patch:  # its own, which no test undoes
+        for name in {"common", "probe", "reproduce"} & sys.modules.keys():
+            patch.setattr(sys.modules[name], "choose_device",
+                          lambda device: choose_device("cpu" if device == "auto" else device))
+        yield

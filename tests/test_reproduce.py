@@ -73,7 +73,6 @@ def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setattr(reproduce, "prepare_data", lambda args: None)
-    monkeypatch.setattr(reproduce, "choose_device", lambda name: torch.device("cpu"))  # one at once
 
     def run(*flags, family="vte", methods=("pt", "vte_ba"), seeds=(0, 1), scale="small", code=0):
         command = ["reproduce.py", family, "--scale", scale, "--runs", "runs", "--pages", "."]
