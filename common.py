@@ -316,9 +316,10 @@ def projective_warp(images, coefficients, fill=128.0, out=None):
     contiguous; without out, differentiable with respect to float images and the coefficients, once and backwards (to
     forward mode, torch.func.jvp, it is constant). Which pixels are filled is decided in float64; up to 256 pixels a
     side the points are otherwise in float32, and along a row uint8 images are blended in fixed point, 1 / 32768 of a
-    pixel: within 0.02 grey levels of the reference's float64 on the CPU (.015 measured, black and white by turns); on
-    CUDA, where it is not measured yet, the tests allow 0.03. Raises ValueError and TypeError, and RuntimeError for more
-    elements than there is memory for.
+    pixel (on CUDA along a column, where they have three channels and up to 32 pixels a side): within 0.02 grey levels
+    of the reference's float64 on the CPU (.015 measured, black and white by turns); on CUDA, where it is not measured
+    yet, the tests allow 0.03. Raises ValueError and TypeError, and RuntimeError for more elements than there is memory
+    for.
     """
     if not isinstance(images, torch.Tensor) or not isinstance(coefficients, torch.Tensor):
         raise TypeError(f"projective_warp takes tensors, not {type(images).__name__} and {type(coefficients).__name__}")

@@ -17,9 +17,10 @@ sys.path.insert(0, str(ROOT))
 from common import Parser, UserError, file_path, run_command  # noqa: E402
 from setup import cuda_version, find_cuda_home  # noqa: E402
 
-REGISTERS, THREADS_OF_BLOCK = 65536, {"image_kernel": 128, "float64_kernel": 256, "backward_kernel": 256}
+REGISTERS = 65536
+THREADS_OF_BLOCK = {"small_kernel": 128, "image_kernel": 128, "float64_kernel": 256, "backward_kernel": 256}
 MOST_THREADS = {"7.5": 1024, "8.0": 2048, "8.6": 1536, "8.9": 1536, "9.0": 2048, "10.0": 2048, "12.0": 1536}
-KERNEL = re.compile(r"(image_kernel|float64_kernel|backward_kernel)(?:<(.*?)>)?\(")
+KERNEL = re.compile(r"(small_kernel|image_kernel|float64_kernel|backward_kernel)(?:<(.*?)>)?\(")
 
 
 def main():

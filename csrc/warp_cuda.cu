@@ -80,6 +80,35 @@ __global__ void __launch_bounds__(kImageThreads, 8) image_kernel(const __grid_co
   }
 }
 
+// -------------------------------------------------------------------------------------- small uint8 images, a warp each
+
+template <typename Out, bool kWhole>
+__global__ void __launch_bounds__(32 * kSmallImages, 6) small_kernel(const __grid_constant__ Warp w, bool by_fours,
+                                                                     Out* __restrict__ output) {
+  extern __shared__ uint32_t tile[];
+  __shared__ SmallImage images[kSmallImages];
+  __shared__ SmallNormalization normalization;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kSmallImages, n = first + warp;
+  if (thread < kSmallImages && first + thread < w.batch) images[thread] = make_small(w, first + thread);
+  if (thread >= 32 && thread < 35) make_small_normalization(w, thread - 32, normalization);
+  __syncthreads();  // the only one: from here on, each warp for itself
+  if (n >= w.batch) return;
+  const int64_t pixels = 3 * w.height * w.width;
+  Out* out = output + n * pixels;
+  const SmallImage& image = images[warp];
+  if (image.image < 0) {  // an index out of range, which cannot raise from here without a synchronisation
+    for (int i = lane; i < pixels; i += 32) out[i] = converted<Out>(std::is_same_v<Out, uint8_t> ? 0.0f : nanf(""));
+    return;
+  }
+  uint32_t* cells = tile + warp * kCellWords;
+  if (image.rows > 0 && image.columns > 0) make_cells<kWhole>(w, image, by_fours, cells, lane);
+  __syncwarp();
+  make_sides<kWhole>(w, image, static_cast<uint32_t>(w.fill), cells, lane);
+  __syncwarp();
+  sample_small<Out, kWhole>(w, n, image, normalization, cells, lane, out);
+}
+
 // ------------------------------------------------------------------------------------------------------ gradients
 
 // One block for each image, so that the sums over its pixels need no atomics and come out the same every time. The
@@ -139,6 +168,16 @@ void forward_images(const Warp& w, void* output, cudaStream_t stream) {
   STD_TORCH_CHECK(w.height < (1 << 24) && w.width < (1 << 24) && w.channels < (1 << 24),
                   "minter::warp: images of 2^24 channels or more, or as many pixels a side");
   const Plan plan = make_plan<In, Out>(w, output);
+  if constexpr (std::is_same_v<In, uint8_t>) {
+    const int64_t some = (w.batch + kSmallImages - 1) / kSmallImages;
+    if (plan.small && some <= INT32_MAX) {
+      const auto kernel = plan.whole ? &small_kernel<Out, true> : &small_kernel<Out, false>;
+      kernel<<<static_cast<unsigned>(some), 32 * kSmallImages, kSmallImages * kCellWords * sizeof(uint32_t), stream>>>(
+          w, plan.reads_fours, static_cast<Out*>(output));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      return;
+    }
+  }
   const dim3 blocks(static_cast<unsigned>(std::min(w.batch, kMaxBlocks)),
                     static_cast<unsigned>((w.height + plan.rows - 1) / plan.rows));
   STD_TORCH_CHECK(blocks.y <= 65535, "minter::warp: images of more than 2^19 rows");

@@ -17,7 +17,7 @@ from common import normalization, projective_warp_reference, sample_coefficients
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}
-VARIANTS = ("global memory", "pixel by pixel", "fours", "fours, three channels")
+VARIANTS = ("global memory", "pixel by pixel", "fours", "fours, three channels", "small")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,8 @@ def test_any_call_gives_the_references_result(steps, call):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape, variant", [
-    ((3, 32, 32), "fours, three channels"), ((3, 96, 96), "fours, three channels"),
+    ((3, 32, 32), "small"), ((3, 30, 12), "small"),
+    ((3, 33, 32), "fours, three channels"), ((3, 96, 96), "fours, three channels"),
     ((3, 30, 128), "fours, three channels"), ((3, 20, 132), "pixel by pixel"), ((1, 28, 28), "fours"),
     ((4, 16, 20), "fours"), ((3, 33, 31), "pixel by pixel"), ((3, 128, 132), "global memory"),
     ((5, 12, 600), "global memory")])
@@ -99,16 +100,19 @@ def test_float_images_and_an_output_that_begins_anywhere(steps):
         assert name == variant and (result - expected).abs().max() < 0.01
 
 
-def test_the_fixed_point_column_is_as_exact_as_documented(steps):
-    """uint8 images that change as fast as can be: every second column black, the others white."""
+@pytest.mark.parametrize("direction", ["columns", "rows"])
+@pytest.mark.parametrize("size, variant", [(32, "small"), (36, "fours, three channels")])
+def test_what_is_in_fixed_point_is_as_exact_as_documented(size, variant, direction, steps):
+    """uint8 images that change as fast as can be: every second column or row black, the others white."""
     n, generator = 300, torch.Generator().manual_seed(2)
-    stripes = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    stripes = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     stripes[..., ::2] = 255
-    coefficients = sample_coefficients(n, 32, generator)
+    stripes = stripes if direction == "columns" else stripes.mT.contiguous()
+    coefficients = sample_coefficients(n, size, generator)
     call = (stripes, coefficients, torch.zeros(n, dtype=torch.int64), None, None, None, None, 0.0, torch.float32)
     result, name = run(steps, *call)
-    expected = projective_warp_reference(stripes.expand(n, 3, 32, 32).double(), coefficients.double(), 0.0)
-    assert name == "fours, three channels"
+    expected = projective_warp_reference(stripes.expand(n, 3, size, size).double(), coefficients.double(), 0.0)
+    assert name == variant
     assert (result - expected).abs().max() < 0.01
 
 

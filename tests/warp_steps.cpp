@@ -43,11 +43,43 @@ int run_images(const Warp& w, const Plan& plan, const int32_t* order, Out* outpu
   return 0;
 }
 
+// The same of small images: steps of a warp.
+template <typename Out, bool kWhole>
+int run_small(const Warp& w, const Plan& plan, const int32_t* order, Out* output) {
+  std::vector<uint32_t> cells(kCellWords + 64, kCanary);
+  const auto all_lanes = [&](auto step) {
+    for (int i = 0; i < kImageThreads; ++i) {
+      if (order[i] < 32) step(order[i]);
+    }
+  };
+  SmallNormalization normalization;
+  for (int c = 0; c < 3; ++c) make_small_normalization(w, c, normalization);
+  for (int64_t n = 0; n < w.batch; ++n) {
+    const SmallImage image = make_small(w, n);
+    if (image.image < 0) return 1;
+    if (image.rows > 0 && image.columns > 0) {
+      all_lanes([&](int lane) { make_cells<kWhole>(w, image, plan.reads_fours, cells.data(), lane); });
+    }
+    all_lanes([&](int lane) { make_sides<kWhole>(w, image, static_cast<uint32_t>(w.fill), cells.data(), lane); });
+    all_lanes([&](int lane) {
+      sample_small<Out, kWhole>(w, n, image, normalization, cells.data(), lane, output + n * 3 * w.height * w.width);
+    });
+  }
+  for (size_t i = kCellWords; i < cells.size(); ++i) {
+    if (cells[i] != kCanary) return 2;
+  }
+  return 0;
+}
+
 template <typename In, typename Out>
 int run(const Warp& w, const int32_t* order, void* output, int32_t* variant) {
   const Plan plan = make_plan<In, Out>(w, output);
   Out* out = static_cast<Out*>(output);
-  *variant = !plan.staged ? 0 : !plan.writes_fours ? 1 : w.channels != 3 ? 2 : 3;
+  *variant = !plan.staged ? 0 : !plan.writes_fours ? 1 : w.channels != 3 ? 2 : plan.small ? 4 : 3;
+  if constexpr (std::is_same_v<In, uint8_t>) {
+    if (plan.small && plan.whole) return run_small<Out, true>(w, plan, order, out);
+    if (plan.small) return run_small<Out, false>(w, plan, order, out);
+  }
   if (*variant == 0) return run_images<In, Out, false, 0, 1>(w, plan, order, out);
   if (*variant == 1) return run_images<In, Out, true, 0, 1>(w, plan, order, out);
   if (*variant == 2) return run_images<In, Out, true, 0, 4>(w, plan, order, out);
