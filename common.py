@@ -1291,8 +1291,8 @@ FORMAT_VERSION = 1
 
 
 def cannot_write(path, error):
-    return UserError(f"cannot write '{path}' ({error}); what was there before is kept: make it writable, and go on "
-                     "with --resume")
+    return UserError(f"cannot write '{path}' ({error}); what was there before is kept: mend that, and go on with "
+                     "--resume")
 
 
 def write_atomically(path, write):

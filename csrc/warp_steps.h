@@ -545,15 +545,13 @@ WARP_INLINE void make_small_normalization(const Warp& w, int channel, SmallNorma
 
 // The steps of a warp, each done by all its lanes before the next begins.
 
-// The sizes that such an image may be known by: 32 x 32 pixels beside each other in memory, planes too, and no window.
-// Everything is counted from registers and constants then.
-template <bool kWhole>
-struct SmallSizes {
-  int width, height, rows, columns;
-};
+// Of the image, and of its window.
+struct SmallSizes { int width, height, rows, columns; };
 
+// kWhole: 32 x 32 pixels beside each other in memory, planes too, and no window. Everything is counted from registers and
+// constants then.
 template <bool kWhole>
-WARP_INLINE SmallSizes<kWhole> sizes_of(const Warp& w, const SmallImage& t) {
+WARP_INLINE SmallSizes sizes_of(const Warp& w, const SmallImage& t) {
   if constexpr (kWhole) {
     return {kSmallSide, kSmallSide, kSmallSide, kSmallSide};
   } else {
