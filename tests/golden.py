@@ -1,0 +1,93 @@
+"""The losses of the first twenty steps of every script and variation, on scikit-learn's digits:
+
+    python tests/golden.py > tests/golden.json
+
+In float64, so that six digits are the same on every processor; only the warp stays float32, whose bits are the same on
+all of them. What is recorded is to change with the science alone.
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FEW = "--dataset digits --limit 80 --batch-size 8 --epochs 2 --save-every 2 --device cpu --precision fp32".split()
+SMALL, PT, ALEX = ["--image-size", "8"], ["--pretrained", "pt.ckpt"], ["--pretrained", "pt_alexnet.ckpt"]
+RUNS = {
+    "pt": ["predictive_transform.py", *SMALL],
+    "pt_alexnet": ["predictive_transform.py", "--encoder", "alexnet"],
+    "avt": ["avt.py", *SMALL],
+    "avt_alexnet": ["avt.py", "--encoder", "alexnet"],
+    "vte_ba": ["vte_ba.py", *PT],
+    "vte_ba_alexnet": ["vte_ba.py", *ALEX],
+    "vte_ba_steerable": ["vte_ba.py", *PT, "--steerable"],
+    "vte_ba_mean_target": ["vte_ba.py", *PT, "--mean-target"],
+    "vte_ba_from_scratch": ["vte_ba.py", *SMALL, "--from-scratch"],
+    "separated": ["vte_infonce.py", *PT],
+    "separated_alexnet": ["vte_infonce.py", *ALEX],
+    "separated_from_scratch": ["vte_infonce.py", *SMALL, "--from-scratch"],
+    "concatenated": ["vte_infonce.py", *PT, "--critic", "concatenated"],
+    "concatenated_alexnet": ["vte_infonce.py", *ALEX, "--critic", "concatenated"],
+    "stl": ["stl.py", *SMALL, "--encoder", "nin"],
+    "stl_paper_independent": ["stl.py", *SMALL, "--encoder", "nin", "--preset", "paper", "--batch", "independent"],
+    "simclr": ["stl.py", *SMALL, "--equi", "0", "--trans", "0"],
+    "simclr_augmix": ["stl.py", *SMALL, "--encoder", "nin", "--equi", "0", "--trans", "0", "--augmix"],
+}
+
+
+@contextlib.contextmanager
+def changed_to(folder):
+    """contextlib.chdir, which Python 3.10 lacks."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def in_float64():
+    """Everything that asks for float32 gets float64, but for the warp."""
+    import common as warps
+
+    warp_batch, step, losses = warps.warp_batch, warps.Run.step, []
+
+    def warp(images, index, crops=None, coefficients=None, scale=None, shift=None, dtype=None, **options):
+        scale, shift = (None if values is None else values.to(torch.float32) for values in (scale, shift))
+        return warp_batch(images, index, crops, coefficients, scale, shift, torch.float32, **options).double()
+
+    def recorded(self, loss, *rest):
+        losses.append(loss.item())
+        return step(self, loss, *rest)
+
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    warps.warp_batch, warps.choose_precision, warps.Run.step = warp, lambda *_: torch.float64, recorded
+    return losses
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # autocast takes no float64, and says so
+    losses, found = in_float64(), {}
+    with tempfile.TemporaryDirectory() as folder, changed_to(folder):
+        for name, (script, *flags) in RUNS.items():
+            losses.clear()
+            sys.argv = [script, *FEW, *flags, "--output", f"{name}.ckpt"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            found[name] = [float(f"{loss:.6g}") for loss in losses]
+    print("{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(values)}" for name, values in found.items()) + "\n}")
+
+
+if __name__ == "__main__":
+    main()
