@@ -1,0 +1,110 @@
+"""The projective family of transformations: how they are drawn, and the numbers that name them."""
+
+import torch
+
+
+def coefficients_from_corners(corners, size):
+    """The perspective coefficients under which an image's corners come to lie at `corners`.
+
+    corners: (N, 4, 2) float64, (x, y) in pixels, where the top left, top right, bottom right and bottom left corner of
+    the image go. size: side in pixels, or (height, width). Returns (N, 8) float64: the map from output to input, in the
+    convention of `projective_warp`. Closed form: the map of the unit square to a quadrilateral (Heckbert 1989, 2.2.3),
+    inverted by its adjugate.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    (x0, x1, x2, x3), (y0, y1, y2, y3) = corners[..., 0].unbind(-1), corners[..., 1].unbind(-1)
+    dx1, dx2, sx = x1 - x2, x3 - x2, x0 - x1 + x2 - x3
+    dy1, dy2, sy = y1 - y2, y3 - y2, y0 - y1 + y2 - y3
+    area = dx1 * dy2 - dx2 * dy1
+    g, h = (sx * dy2 - dx2 * sy) / area, (dx1 * sy - sx * dy1) / area
+    a, b, c = x1 - x0 + g * x1, x3 - x0 + h * x3, x0
+    d, e, f = y1 - y0 + g * y1, y3 - y0 + h * y3, y0
+    to_x = torch.stack([e - f * h, c * h - b, b * f - c * e], -1) * width
+    to_y = torch.stack([f * g - d, a - c * g, c * d - a * f], -1) * height
+    to_w = torch.stack([d * h - e * g, b * g - a * h], -1)
+    return torch.cat([to_x, to_y, to_w], -1) / (a * e - b * d)[..., None]
+
+
+def sample_corners(n, size, generator=None):
+    """Random projective transformations as AVT and VTE draw them: the corners are scaled about the centre by
+    U(0.8, 1.2), rotated by 0, 90, 180 or 270 degrees, and each is then moved by an integer in [-4, 4] pixels of a
+    32-pixel image on either axis. The centre is size / 2 (AVT's code adds half a pixel).
+
+    size: side in pixels, or (height, width); the shifts grow with it. generator: its device is where all is drawn.
+    Returns quarter_turns (n,) int64, 0 to 3, and corners (n, 4, 2) float64, for `coefficients_from_corners`.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
+    quarter_turns = torch.randint(0, 4, (n, 1), **draw)
+    scale = 0.8 + 0.4 * torch.rand(n, 1, 1, dtype=torch.float64, **draw)
+    shift = torch.randint(-4, 5, (n, 4, 2), **draw)
+
+    corner = torch.arange(4, device=scale.device)  # top left, top right, bottom right, bottom left
+    right, down = (corner == 1) | (corner == 2), corner >= 2
+    unit = (torch.stack([right, down], -1).to(scale) - 0.5) * scale + 0.5  # (n, 4, 2), the image being the unit square
+    unit = unit.gather(1, ((corner + quarter_turns) % 4)[..., None].expand(n, 4, 2)) + shift / 32
+    return quarter_turns[:, 0], torch.stack([unit[..., 0] * width, unit[..., 1] * height], -1)
+
+
+def sample_coefficients(n, size, generator=None):
+    """(n, 8) float32 coefficients of random transformations (`sample_corners`), for `projective_warp`, on the
+    generator's device. size: side in pixels, or (height, width)."""
+    _, corners = sample_corners(n, size, generator)
+    return coefficients_from_corners(corners, size).float()
+
+
+def transformation_target(coefficients, size):
+    """What the decoders regress: the coefficients, centred and scaled. (N, 8) -> (N, 8); at 32 x 32 the divisors are
+    those of AVT, and at any other size they scale so that the distribution stays the same."""
+    height, width = (size, size) if isinstance(size, int) else size
+    a, b, c, d, e, f, g, h = coefficients.unbind(-1)
+    c, f = (c - width / 2) / (20 * width / 32), (f - height / 2) / (20 * height / 32)
+    g, h = g / (0.015 * 32 / width), h / (0.015 * 32 / height)
+    return torch.stack([a, b * height / width, c, d * width / height, e, f, g, h], -1)
+
+
+def sample_crops(n, size, generator=None):
+    """RandomCrop(size, padding=size / 8) and a random horizontal flip: (n, 3) int64 rows (rows down, columns right,
+    flip) for `warp_batch`, on the generator's device."""
+    draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
+    shift = torch.randint(-(size // 8), size // 8 + 1, (n, 2), **draw)
+    return torch.cat([shift, torch.randint(0, 2, (n, 1), **draw)], 1)
+
+
+def coefficients_from_matrices(matrices):
+    """(N, 3, 3) matrices as cv2.warpPerspective and kornia.geometry.warp_perspective take them -> (N, 8) coefficients.
+
+    Theirs map input to output and have pixel centres at whole numbers; `projective_warp`'s map output to input, with
+    centres at + 0.5. Returns the matrices' type. Raises ValueError for a matrix without an inverse, or one whose
+    inverse takes the output's origin to infinity, which no coefficients can say.
+    """
+    if matrices.dim() != 3 or matrices.shape[1:] != (3, 3) or not matrices.is_floating_point():
+        raise ValueError(f"coefficients_from_matrices takes (N, 3, 3) floats, not {tuple(matrices.shape)} "
+                         f"{matrices.dtype}")
+    centre = torch.eye(3, dtype=torch.float64, device=matrices.device)
+    centre[:2, 2] = 0.5  # whole-number centres to + 0.5
+    inverse, failed = torch.linalg.inv_ex(centre @ matrices.double() @ centre.inverse())
+    last = inverse[:, 2:, 2:]
+    if failed.any() or not inverse.isfinite().all() or (last == 0).any():
+        raise ValueError("a matrix has no inverse, or its inverse takes the output's origin to infinity")
+    return (inverse / last).flatten(1)[:, :8].to(matrices.dtype)
+
+
+def normalization(mean, std, device="cpu"):
+    """(scale, shift) for `warp_batch`, each (C,) float32: grey levels 0..255 to (value / 255 - mean) / std."""
+    mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+
+
+def reference_errors(size=32, n=2**20):
+    """The squared error, summed over the 8 targets, of two predictors that have learned nothing of interest: the mean
+    of all transformations, and the mean of those with the right rotation. From n draws of `sample_corners`, which are
+    always the same. size: side in pixels. Returns {"constant_predictor": float, "rotation_only": float}."""
+    quarter_turns, corners = sample_corners(n, size, torch.Generator().manual_seed(0))
+    t = transformation_target(coefficients_from_corners(corners, size), size)  # (n, 8) float64
+
+    def spread(rows):
+        return (rows - rows.mean(0)).square().sum().item()
+
+    return {"constant_predictor": spread(t) / n,
+            "rotation_only": sum(spread(t[quarter_turns == turns]) for turns in range(4)) / n}
