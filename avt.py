@@ -1,52 +1,30 @@
 """AVT, autoencoding variational transformations, as VTE's baseline (Sinaga, Basaruddin & Krisnadhi, ICPRAM 2022).
 https://doi.org/10.5220/0010880400003122; the method: Qi et al., ICCV 2019, https://arxiv.org/abs/1903.10863
 
-One encoder sees the original image x and the transformed image t(x), and what t did must be told from both codes: it
+One encoder sees the original image x and the transformed image t(x). What t did must be told from both codes: it
 maximises the Barber-Agakov bound of I(t; z | z_hat), the second term of eq. 4, which with a unit-variance decoder is
 
     minimise  1/2 || t - D([z; z_hat]) ||^2,    z ~ N(mu(t(x)), sigma(t(x))^2),    z_hat ~ N(mu(x), sigma(x)^2),
 
-where t are the 8 normalised coefficients of a random projective map (common.transformation_target).
+where t are the 8 normalised coefficients of a random projective map (minter_warp.transformation_target).
 
     python avt.py --dataset cifar10 --output avt.ckpt
 
-Measured so far at a small scale only (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 epochs in batches of
-64, lr 5e-4, two seeds, two CPU cores, torch 2.15): squared error .42; error of k-NN and logistic regression with 5,000
-labels .763 and .686 with z sampled, .756 and .581 with mu; an untrained encoder .882 and .827, .668 and .624.
-RESULTS.md has the rest.
+Measured at a small scale (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 epochs, two seeds, two CPU cores,
+torch 2.15): squared error .42; k-NN error with 5,000 labels .756 with mu, .763 with z; untrained .668 and .882.
 
-This is the AVT that VTE's tables report: VTE's encoder, heads, optimiser and transformations, so that its rows differ
-in the objective alone. What lies below 0.577 of the logged squared error was learned beyond the rotation; z_std is the
-standard deviation of z over the batch.
-
-AVT as published in 2019 is another model and not in this script: behind a flag it would be longer than the method
-itself. By its paper and the code its authors released, it differs in
-  - the encoder: two blocks of Network-in-Network whose feature map of 192 channels is the mean, and a 1x1 convolution
-    with batch normalisation of that map the log-variance: its latent code is convolutional;
-  - the noise: 0.001 sigma epsilon is added to the mean, a factor that VTE does not mention and is not used here;
-  - the decoder: two more blocks and global average pooling for each image, then one linear map of both to t and one to
-    a log-variance of t (divided by 1000); the loss is logvar + (t - mu)^2 / (exp(logvar) + 0.0001), summed;
-  - the optimiser: SGD, Nesterov momentum 0.9, weight decay 5e-4, batch 512, 4,500 epochs; the learning rate is 0.001
-    to epoch 50, then 0.005, a fifth of what it was from each of 3240, 3480, 3640 and 3800, linearly falling from 4000;
-  - the evaluation: a convolutional classifier on the frozen map of the second block, 7.75 % error on CIFAR-10.
+Deviations and readings:
+- This is the AVT of VTE's tables: VTE's encoder, heads, optimiser and transformations; the objective alone differs.
+- AVT of 2019 has a convolutional code, noise of 0.001 sigma, a learned variance of t, SGD, 4,500 epochs, and a
+  convolutional classifier (7.75 % error on CIFAR-10). Its code centres transformations half a pixel off.
+Logged: as in predictive_transform.py.
 """
 
 import torch
 from torch import nn
 
-from common import (
-    CONSTANT_PREDICTOR_ERROR,
-    ROTATION_PREDICTOR_ERROR,
-    Run,
-    build_encoder,
-    reparameterize,
-    run_command,
-    sample_coefficients,
-    sample_crops,
-    training_parser,
-    transformation_target,
-    warp_batch,
-)
+from common import Run, build_encoder, gaussian, reparameterize, run_command, training_parser
+from minter_warp import reference_errors, sample_coefficients, sample_crops, transformation_target, warp_batch
 
 
 class AVT(nn.Module):
@@ -62,8 +40,8 @@ class AVT(nn.Module):
         )
 
     def forward(self, images, transformed):
-        z_hat = reparameterize(*self.encoder(images))  # (N, 512)
-        mu, logvar = self.encoder(transformed)
+        z_hat = reparameterize(*gaussian(self.encoder(images)))  # (N, 512)
+        mu, logvar = gaussian(self.encoder(transformed))
         z = reparameterize(mu, logvar)  # (N, 512)
         return self.decoder(torch.cat([z, z_hat], 1)).float(), z, logvar
 
@@ -77,8 +55,7 @@ def avt_loss(prediction, t, z, logvar):
 
 
 def train(args):
-    yardsticks = {"constant_predictor": CONSTANT_PREDICTOR_ERROR, "rotation_only": ROTATION_PREDICTOR_ERROR}
-    run = Run("avt", args, yardsticks=yardsticks)
+    run = Run("avt", args, constants=reference_errors())
     model = run.prepare(AVT(build_encoder(args.encoder, args.image_size)))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # no weight decay, no schedule
 
@@ -94,7 +71,7 @@ def train(args):
             loss.backward()
             optimizer.step()
             run.step(loss, metrics, len(index))
-    run.finish(f"python probe.py {args.output}")
+    run.finish("probe.py", args.output, same=("data_dir",))
 
 
 def parse_args():

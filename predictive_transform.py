@@ -1,43 +1,31 @@
 """Predictive transformation: phase one of VTE (Sinaga, Basaruddin & Krisnadhi, ICPRAM 2022, section 3.2).
 https://doi.org/10.5220/0010880400003122
 
-The encoder sees only the transformed image t(x) and must keep what t did: it maximises the Barber-Agakov bound of
+The encoder sees only the transformed image t(x) and must keep what t did. It maximises the Barber-Agakov bound of
 I(t; z), which with a unit-variance decoder is (eq. 6, 16)
 
     minimise  1/2 || t - D(z) ||^2,    z ~ N(mu(t(x)), sigma(t(x))^2),
 
-where t are the 8 normalised coefficients of a random projective map (common.transformation_target).
+where t are the 8 normalised coefficients of a random projective map (minter_warp.transformation_target).
 
     python predictive_transform.py --dataset cifar10 --output pt.ckpt
 
-Measured so far at a small scale only (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 epochs in batches of
-64, lr 5e-4, two seeds, two CPU cores, torch 2.15): squared error 3.02; error of k-NN and logistic regression with
-5,000 labels .727 and .638 with z sampled, .704 and .562 with mu; an untrained encoder .882 and .827, .668 and .624.
-RESULTS.md has the rest.
+Measured at a small scale (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 epochs, two seeds, two CPU cores,
+torch 2.15): squared error 3.02; k-NN error with 5,000 labels .704 with mu, .727 with z; untrained .668 and .882.
 
-Read from the paper as follows. The transformation is AVT's, which the paper says it uses: four independently moved
-corners, so truly projective. The decoder ends in 8 outputs (the paper's table prints 512, which cannot be compared with
-t). What the paper calls log sigma is a log-variance. There is no KL term, so nothing keeps sigma from shrinking: the
-mean log-variance is logged. What lies below 0.577 of the logged squared error was learned beyond the rotation; z_std is
-the standard deviation of z over the batch.
+Deviations and readings:
+- The transformation is AVT's, which the paper says it uses: four corners that move independently.
+- The decoder ends in 8 outputs. The paper's table prints 512, which cannot be compared with t.
+- What the paper calls log sigma is a log-variance. No KL term holds it: the mean is logged as "logvar".
+Logged beside it: z_std, the standard deviation of z over the batch. A squared error below "rotation_only" was learned
+beyond the rotation.
 """
 
 import torch
 from torch import nn
 
-from common import (
-    CONSTANT_PREDICTOR_ERROR,
-    ROTATION_PREDICTOR_ERROR,
-    Run,
-    build_encoder,
-    reparameterize,
-    run_command,
-    sample_coefficients,
-    sample_crops,
-    training_parser,
-    transformation_target,
-    warp_batch,
-)
+from common import Run, build_encoder, gaussian, reparameterize, run_command, training_parser
+from minter_warp import reference_errors, sample_coefficients, sample_crops, transformation_target, warp_batch
 
 
 class PredictiveTransform(nn.Module):
@@ -53,7 +41,7 @@ class PredictiveTransform(nn.Module):
         )
 
     def forward(self, transformed):
-        mu, logvar = self.encoder(transformed)
+        mu, logvar = gaussian(self.encoder(transformed))
         z = reparameterize(mu, logvar)  # (N, 512)
         return self.decoder(z).float(), z, logvar
 
@@ -67,8 +55,7 @@ def predictive_transform_loss(prediction, t, z, logvar):
 
 
 def train(args):
-    yardsticks = {"constant_predictor": CONSTANT_PREDICTOR_ERROR, "rotation_only": ROTATION_PREDICTOR_ERROR}
-    run = Run("predictive_transform", args, yardsticks=yardsticks)
+    run = Run("predictive_transform", args, constants=reference_errors())
     model = run.prepare(PredictiveTransform(build_encoder(args.encoder, args.image_size)))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # no weight decay, no schedule
 
@@ -83,7 +70,8 @@ def train(args):
             loss.backward()
             optimizer.step()
             run.step(loss, metrics, len(index))
-    run.finish(f"python vte_ba.py --pretrained {args.output} --dataset {args.dataset}")
+    same = ("data_dir", "epochs", "batch_size", "lr", "limit", "seed")
+    run.finish("vte_ba.py", "--pretrained", args.output, same=same)
 
 
 def parse_args():

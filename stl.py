@@ -1,10 +1,10 @@
 """STL, self-supervised transformation learning (Yu, Choi, Lee, Hong & Kim, NeurIPS 2024).
 https://arxiv.org/abs/2501.08712
 
-Equivariance without transformation labels. Two views of an image, t1(x) and t2(x), have features y1 and y2; a second
-network reads off them a code of the transformation that leads from one to the other, and a hypernetwork turns the code
-into a matrix that is to carry y1 to y2. Images come in pairs under the *same* two transformations (an aligned batch),
-so that a code can be matched, and used, across images:
+Equivariance without transformation labels. Two views of an image, t1(x) and t2(x), have features y1 and y2. A second
+network reads off them a code of the transformation from one to the other. A hypernetwork turns the code into a matrix
+that must carry y1 to y2. Images come in pairs under the *same* two transformations (an aligned batch), so that a code
+can be matched, and used, across images:
 
     code         y_t(x) = f_T([f(t1(x)), f(t2(x))])                                                    (eq. 5)
     invariance   L_inv = NT-Xent(y1, y2), SimCLR's
@@ -13,191 +13,48 @@ so that a code can be matched, and used, across images:
     minimise     inv L_inv + equi L_equi + trans L_trans
 
     python stl.py --dataset stl10 --output stl.ckpt
-    python stl.py --dataset stl10 --equi 0 --trans 0 --output inv.ckpt         (SimCLR's loss, all else equal)
-    python stl.py --dataset stl10 --equi 0 --trans 0 --batch independent       (SimCLR)
+    python stl.py --dataset stl10 --equi 0 --trans 0 --batch independent       (SimCLR; aligned: its loss alone)
 
-Published: ResNet-18 trained on STL-10, linear classification of STL-10 84.83 %, mean over 11 other data sets 49.49 %
-(SimCLR 84.74 and 43.72).
+Published: ResNet-18 on STL-10, linear accuracy 84.83 %, mean of 11 other sets 49.49 % (SimCLR 84.74 and 43.72).
+Measured at a small scale (10,000 images of CIFAR-10 as JPEG, 6 epochs, batch 128, seed 0, two CPU cores, torch 2.15;
+error of k-NN and linear with 5,000 labels): STL .641 and .552, SimCLR .627 and .536, untrained .724 and .627.
 
-Measured so far at a small scale only (10,000 images of CIFAR-10 as JPEG, 6 epochs, batch 128, seed 0, two CPU cores,
-torch 2.15; error of k-NN and linear classification with 5,000 labels): STL .641 and .552, L_inv alone .646 and .564,
---batch independent .627 and .536 with codes that collapse, an untrained encoder .724 and .627. The README has the rest.
-
-Read as follows. All of it goes both ways, 1 to 2 and 2 to 1, and both are in one NT-Xent: of 4N - 1 candidates for
-L_equi, of 2N - 1 for the other two. What is compared has passed a projector (512-512-128 for features, 128-128-128 for
-codes). Each view is encoded by itself, so batch normalisation sees one view at a time. Paper and released code differ
-in trans (0.2 and 0.1) and in f_T (1024-512-512-128 and 1024-128-128): --preset. Shared by a pair are resized crop,
-colour jitter and grayscale; flip and blur are each image's own. The blur's kernel, 9 pixels wide at 96, shrinks with
-the image. The last batch, which the released code drops, is used, and if odd its last image is left to L_inv alone.
-With nin and alexnet, VTE's encoders, f is mu and there is no sigma. Where AugMix stands among the transformations is
-not stated: here after grayscale, the last that a pair shares.
-
-Logged to be watched: code_spread (1: codes spread over the sphere, 0: all the same) and hypernetwork_variation (how far
-W(t) y and W(t') y are apart: 0 when W ignores t, 1 when they are unrelated).
+Deviations and readings:
+- Both directions, 1 to 2 and 2 to 1, are in one NT-Xent: 4N - 1 candidates for L_equi, 2N - 1 for the others.
+- Projectors are 512-512-128 for features, 128-128-128 for codes. Each view is encoded by itself.
+- --preset: paper and code differ in trans (0.2, 0.1) and in f_T (1024-512-512-128, 1024-128-128).
+- A pair shares crop, colour jitter, grayscale and AugMix; flip and blur are each image's own (minter_warp.views).
+- The last batch is used, which the code drops. Its odd last image is left to L_inv alone.
+- With nin and alexnet f is mu, and there is no sigma.
+Logged: code_spread (0: all codes the same) and map_variation, how far W(t) y and W(t') y are apart (0: W ignores t).
 """
 
-import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import v2
 
 from common import (
     Run,
     UserError,
     build_encoder,
-    check_weights,
     gather,
     load_checkpoint,
     load_encoder,
-    non_negative,
-    note_once,
-    own_rows,
-    positive,
+    load_model,
+    non_negative_float,
+    positive_float,
+    rows_of_this_rank,
     run_command,
     training_parser,
-    warp_batch,
 )
+from minter_warp.views import align, sample_flips_and_blurs, sample_transformations, transform
 
 PRESETS = {  # where the paper and its released code differ: the weight of L_trans, f_T's hidden and output widths
     "code": {"trans": 0.1, "transformation_encoder": (128, 128)},
     "paper": {"trans": 0.2, "transformation_encoder": (512, 512, 128)},
 }
-
-# ------------------------------------------------------------------------------------------------- transformations
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-
-
-def sample_transformations(n, size, generator=None):
-    """What a pair shares, drawn as torchvision's RandomResizedCrop(scale=(0.2, 1)), RandomApply(ColorJitter(0.4, 0.4,
-    0.4, 0.1), 0.8) and RandomGrayscale(0.2) draw it. size: side in pixels. Returns a dict of tensors on the generator's
-    device: box (n, 4) int64, top, left, height, width; factors (n, 4), brightness, contrast, saturation (1: unchanged)
-    and hue (turns, 0: unchanged); order (n, 4) int64, in which these are applied; grey (n,) bool."""
-    draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
-    area = size * size * (0.2 + 0.8 * torch.rand(n, 10, **draw))
-    aspect = torch.exp((2 * torch.rand(n, 10, **draw) - 1) * math.log(4 / 3))
-    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (width <= size) & (height <= size)
-    first = fits.int().argmax(1, keepdim=True)  # the first of ten tries that fits
-    width, height = (torch.where(fits.any(1), side.gather(1, first)[:, 0], size) for side in (width, height))
-    corner = torch.rand(n, 2, **draw).clamp(max=1 - 1e-6)
-    top, left = (corner[:, 0] * (size - height + 1)).floor(), (corner[:, 1] * (size - width + 1)).floor()
-
-    is_hue = torch.arange(4, device=area.device) == HUE
-    unchanged = torch.where(is_hue, 0.0, 1.0)
-    jitter = (2 * torch.rand(n, 4, **draw) - 1) * torch.where(is_hue, 0.1, 0.4)
-    return {
-        "box": torch.stack([top, left, height, width], 1).long(),
-        "factors": unchanged + torch.where(torch.rand(n, 1, **draw) < 0.8, jitter, 0.0),
-        "order": torch.rand(n, 4, **draw).argsort(1),
-        "grey": torch.rand(n, **draw) < 0.2,
-    }
-
-
-def unchanged_transformations(n, size):
-    """What `sample_transformations` returns, for n images that are left as they are."""
-    return {"box": torch.tensor([[0, 0, size, size]]).repeat(n, 1),
-            "factors": torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1),
-            "order": torch.arange(4).repeat(n, 1), "grey": torch.zeros(n, dtype=torch.bool)}
-
-
-def sample_flips_and_blurs(n, generator=None):
-    """What each image has of its own: flip (n,) bool with p = 0.5; sigma (n,) of the blur in pixels, U(0.1, 2) with
-    p = 0.5 and 0, no blur, otherwise."""
-    draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
-    sigma = 0.1 + 1.9 * torch.rand(n, **draw)
-    return {"flip": torch.rand(n, **draw) < 0.5, "sigma": torch.where(torch.rand(n, **draw) < 0.5, sigma, 0.0)}
-
-
-def align(transformations, n):
-    """For ceil(n / 2) pairs -> for n images: images 2i and 2i + 1 share transformation i."""
-    return {name: values.repeat_interleave(2, 0)[:n] for name, values in transformations.items()}
-
-
-def resized_crop(images, index, box, scale=None):
-    """(M, 3, S, S) uint8, (N,), (N, 4) -> (N, 3, S, S) float32: each box enlarged to the whole, bilinear. A crop is a
-    projective map that sees only its window."""
-    size = images.shape[3]
-    top, left, height, width = box.float().unbind(1)
-    zero = torch.zeros_like(top)
-    coefficients = torch.stack([width / size, zero, left, zero, height / size, top, zero, zero], 1)
-    return warp_batch(images, index, None, coefficients, scale, window=box)
-
-
-def grayscale(images):
-    """(N, 3, H, W) -> (N, 1, H, W)"""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
-
-
-def adjust_hue(images, turns):
-    """images (N, 3, H, W) in [0, 1], turns (N, 1, 1, 1) of the colour circle."""
-    red, green, blue = images.unbind(1)
-    value, least = images.amax(1), images.amin(1)
-    chroma = value - least
-    divisor = torch.where(chroma > 0, chroma, 1.0)
-    sextant = torch.where(value == red, (green - blue) / divisor,
-                          torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor))
-    channel = torch.arange(5.0, 0.0, -2.0, device=images.device)[:, None, None]  # 5, 3, 1 for red, green, blue
-    distance = (sextant[:, None] + 6 * turns + channel) % 6  # (N, 3, H, W), round the hexagon
-    return value[:, None] - chroma[:, None] * torch.minimum(distance, 4 - distance).clamp(0, 1)
-
-
-def colour_jitter(images, factors, order):
-    """images (N, 3, H, W) in [0, 1]; factors, order (N, 4): each image's four adjustments, in its own order."""
-    for place in range(4):
-        operation = order[:, place, None, None, None]
-        factor = factors.gather(1, order[:, place : place + 1])[..., None, None]
-        grey = grayscale(images)
-        towards = torch.where(operation == CONTRAST, grey.mean((2, 3), keepdim=True), grey)
-        towards = torch.where(operation == BRIGHTNESS, 0.0, towards)
-        blended = (images * factor + towards * (1 - factor)).clamp(0, 1)
-        images = torch.where(operation == HUE, adjust_hue(images, factor), blended)
-    return images
-
-
-def gaussian_blur(images, sigma):
-    """images (N, 3, S, S), sigma (N,) in pixels, 0 for none. Reflected at the border; 9 pixels wide at S = 96."""
-    radius = max(1, round((9 * images.shape[3] / 96 - 1) / 2))
-    x = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.exp(-0.5 * (x / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).to(images.dtype)  # (N, 2 radius + 1)
-    for axis in (2, 3):
-        padded = F.pad(images, (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0), mode="reflect")
-        images = sum(padded.narrow(axis, i, images.shape[axis]) * kernel[:, i, None, None, None] for i in range(len(x)))
-    return images
-
-
-class AlignedAugMix(v2.AugMix):
-    """torchvision's AugMix with one set of mixing weights for all images of a call; it draws a set for each."""
-
-    def _sample_dirichlet(self, params):
-        return super()._sample_dirichlet(params[:1]).expand_as(params)
-
-
-def augmix(images, together):
-    """images (N, 3, H, W) in [0, 1]; every `together` images that follow each other are mixed alike. torchvision's
-    operations take whole grey levels and one set of parameters, so this loops over the pairs."""
-    levels, mix = (images * 255).round().to(torch.uint8), AlignedAugMix()
-    return torch.cat([mix(pair) for pair in levels.split(together)]).float() / 255
-
-
-def transform(images, index, shared, own, normalize, dtype=torch.float32, augmix_together=None):
-    """One view of a batch: images (M, 3, S, S) uint8, index (N,), shared and own as sampled above for N images,
-    normalize = (scale, shift) for images in [0, 1], (3,) each. Returns (N, 3, S, S) of dtype."""
-    views = resized_crop(images, index, shared["box"], torch.full_like(normalize[0], 1 / 255))
-    views = colour_jitter(views, shared["factors"], shared["order"])
-    views = torch.where(shared["grey"][:, None, None, None], grayscale(views), views)
-    if augmix_together is not None:
-        views = augmix(views, augmix_together)
-    views = torch.where(own["flip"][:, None, None, None], views.flip(3), views)
-    views = gaussian_blur(views, own["sigma"])
-    return (views * normalize[0][:, None, None] + normalize[1][:, None, None]).to(dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------- model
 
 
 def mlp(inputs, *widths):
@@ -289,19 +146,14 @@ def load_stl(path):
         raise UserError(f"'{path}' is a checkpoint of {checkpoint['method']}; one of stl.py is needed here")
     losses = [name for name in ("inv", "equi", "trans") if config.get(name)]
     model = STL(load_encoder(checkpoint, path), config["preset"], losses)
-    check_weights(model, checkpoint["model"], path, f"STL with the losses {', '.join(losses)}")
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint
-
-
-# ------------------------------------------------------------------------------------------------------------ loss
+    return load_model(model, checkpoint, path), checkpoint
 
 
 def nt_xent(a, b, temperature=0.2):
     """Normalised, temperature-scaled cross-entropy (SimCLR's): a_i and b_i are to find each other among all other rows
-    of both, and of all processes. a, b: (N, D). Mean over the 2N rows."""
+    of both, and of all ranks. a, b: (N, D). Mean over the 2N rows."""
     z = F.normalize(torch.cat([a, b]).float(), dim=1)
-    own = own_rows(len(z), z.device)
+    own = rows_of_this_rank(len(z), z.device)
     scores = z @ gather(z).T / temperature
     scores = scores.scatter(1, own[:, None], -torch.inf)  # nobody is compared with itself
     return F.cross_entropy(scores, own.roll(len(a)))  # i finds i + n, i + n finds i
@@ -317,22 +169,20 @@ def stl_loss(compared, weights, temperature=0.2):
         if "right_and_wrong" in compared and len(compared["right_and_wrong"][0]):
             right, wrong = (predicted.float() for predicted in compared["right_and_wrong"])
             power = (right.square() + wrong.square()).sum().clamp(min=1e-12)
-            metrics["hypernetwork_variation"] = (right - wrong).square().sum() / power
+            metrics["map_variation"] = (right - wrong).square().sum() / power
     return sum(weights[name] * loss for name, loss in losses.items()), metrics
 
 
-def watch(run, epoch, epochs):
-    """Names the three ways in which this training is known to fail."""
-    means = run.means()
+def watch(means, early):
+    """Warns of the three ways in which this training is known to fail."""
     if means.get("code_spread", 1) < 0.02:
-        note_once("the transformation codes have collapsed to a constant (code_spread near 0): raise --trans")
-    if means.get("hypernetwork_variation", 1) < 0.01:
-        note_once("the hypernetwork ignores the transformation (hypernetwork_variation near 0): raise --equi")
-    if means.get("trans", 1) < 0.05 and epoch <= max(1, epochs // 10):
-        note_once("the transformation loss is near zero this early: the codes may carry a shortcut; lower --trans")
-
-
-# ----------------------------------------------------------------------------------------------------------- train
+        warnings.warn("the transformation codes have collapsed to a constant (code_spread near 0): raise --trans",
+                      stacklevel=2)
+    if means.get("map_variation", 1) < 0.01:
+        warnings.warn("the hypernetwork ignores the transformation (map_variation near 0): raise --equi", stacklevel=2)
+    if means.get("trans", 1) < 0.05 and early:
+        warnings.warn("the transformation loss is near zero this early: the codes may carry a shortcut; lower --trans",
+                      stacklevel=2)
 
 
 def train(args):
@@ -346,18 +196,18 @@ def train(args):
     normalize = run.scale * 255, run.shift  # for images in [0, 1]
     together = 2 if args.batch == "aligned" else 1
 
-    def sample_shared(n, size, generator):
-        shared = sample_transformations(-(-n // together), size, generator)
-        return align(shared, n) if together == 2 else shared
+    def sample_per_pair(n, size, generator):
+        drawn = sample_transformations(-(-n // together), size, generator)
+        return align(drawn, n) if together == 2 else drawn
 
-    def sample_own(n, size, generator):
+    def sample_per_image(n, size, generator):
         return sample_flips_and_blurs(n, generator)
 
     for epoch in run.epochs(model, optimizer, schedule):
-        batches = run.batches(sample_shared, sample_own, sample_shared, sample_own, together=together)
-        for source, index, shared1, own1, shared2, own2 in batches:
-            views = [transform(source, index, shared, own, normalize, run.dtype, together if args.augmix else None)
-                     for shared, own in ((shared1, own1), (shared2, own2))]
+        batches = run.batches(*2 * (sample_per_pair, sample_per_image), together=together)
+        for source, index, *drawn in batches:
+            views = [transform(source, index, *of_view, normalize, run.dtype, together if args.augmix else None)
+                     for of_view in (drawn[:2], drawn[2:])]
             with run.autocast():
                 compared = model(*views)
             loss, metrics = stl_loss(compared, weights, args.temperature)
@@ -365,8 +215,8 @@ def train(args):
             loss.backward()
             optimizer.step()
             run.step(loss, metrics, len(index))
-        watch(run, epoch, args.epochs)
-    run.finish(f"python probe.py {args.output} --classifiers knn linear")
+        watch(run.means(), early=epoch <= max(1, args.epochs // 10))
+    run.finish("probe.py", args.output, "--classifiers", "knn", "linear", same=("data_dir",))
 
 
 def parse_args():
@@ -381,17 +231,17 @@ def parse_args():
             "lr": "SGD's, at the start; it follows a cosine to 0. 0.03 as in the paper, for batches of 256",
         },
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("STL").add_argument
     add("--preset", choices=list(PRESETS), default="code", help="where the paper and its released code differ: --trans "
-        "0.2 and f_T 1024-512-512-128 (paper), 0.1 and 1024-128-128 (code, the default)")
-    add("--inv", type=non_negative, default=1.0, help="weight of the invariance loss, 0 for none (default: 1)")
-    add("--equi", type=non_negative, default=1.0, help="weight of the equivariance loss, 0 for none (default: 1)")
-    add("--trans", type=non_negative, help="weight of the transformation loss, 0 for none (default: the preset's)")
+        "0.2 and f_T 1024-512-512-128 (paper), 0.1 and 1024-128-128 (code)")
+    add("--inv", type=non_negative_float, default=1.0, help="weight of the invariance loss, 0 for none")
+    add("--equi", type=non_negative_float, default=1.0, help="weight of the equivariance loss, 0 for none")
+    add("--trans", type=non_negative_float, help="weight of the code's loss, 0 for none (default: the preset's)")
     add("--batch", choices=["aligned", "independent"], default="aligned",
         help="independent: every image has transformations of its own, the ablation; codes then match by chance only")
     add("--augmix", action="store_true", help="also AugMix, once for each pair of an aligned batch; slow: one by one")
-    add("--temperature", type=positive(float), default=0.2, help="of NT-Xent (default: 0.2)")
-    add("--weight-decay", type=non_negative, default=5e-4, help="SGD's (default: 5e-4)")
+    add("--temperature", type=positive_float, default=0.2, help="of NT-Xent")
+    add("--weight-decay", type=non_negative_float, default=5e-4, help="SGD's")
     args = parser.parse_args()
     args.trans = PRESETS[args.preset]["trans"] if args.trans is None else args.trans
     args.encoder = args.encoder or "resnet18"

@@ -2,31 +2,25 @@
 https://doi.org/10.5220/0010880400003122
 
 A second encoder sees the original image x and must predict what phase one's encoder, now frozen, makes of the
-transformed image t(x): it maximises the Barber-Agakov bound of I(z_hat; z), which with a unit-variance decoder is
+transformed image t(x). It maximises the Barber-Agakov bound of I(z_hat; z), which with a unit-variance decoder is
 (eq. 8, 18)
 
     minimise  1/2 || z - D(z_hat) ||^2,    z ~ phase one on t(x),    z_hat ~ N(mu(x), sigma(x)^2).
 
     python vte_ba.py --pretrained pt.ckpt --dataset cifar10 --output vte_ba.ckpt
 
-Measured so far at a small scale only (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 + 8 epochs, lr 5e-4,
-two seeds, two CPU cores, torch 2.15): error of k-NN and logistic regression with 5,000 labels .722 and .679 with z
-sampled, .665 and .577 with mu; an untrained encoder .882 and .827, .668 and .624. RESULTS.md has the rest.
+Measured at a small scale (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 + 8 epochs, two seeds, two CPU
+cores, torch 2.15): k-NN error with 5,000 labels .665 with mu, .722 with z; untrained .668 and .882.
 
-Read from the paper as follows. Eq. 18 prints sigma(z_hat) where the text states N(mu, I): unit variance is used. Both z
-and z_hat are sampled. Frozen means no gradient and batch normalisation in eval mode: phase one leaves this script bit
-for bit as it came. What the paper calls log sigma is a log-variance; its mean is logged. The decoder never sees t, so
-at best z_hat predicts the mean of z over transformations; whether it is equivariant is to be measured, the objective
-does not ask for it. "explained" is the share of z's variance within the batch that D(z_hat) predicts; z_std is the
-standard deviation of z over the batch.
-
-Three variations. --from-scratch trains both encoders together with no phase one: the collapse of z to a constant that
-gave the paper its phase one (section 3.2). --steerable is ours, not the paper's: the decoder also sees t, q(z | z_hat,
-t), which makes the loss the Barber-Agakov bound of I(z; z_hat, t), the quantity that the paper sets out to maximise
-(eq. 3) and then leaves; D(z_hat, t) is then the equivariant map in feature space that plain VTE lacks. --mean-target is
-ours too: D predicts phase one's mu. Nothing holds phase one's sigma, and where its decoder ignores a dimension that
-sigma can grow without bound; a sampled z is then little but the noise of a few dimensions. The one time that this was
-measured it mattered little (RESULTS.md).
+Deviations and readings:
+- Eq. 18 prints sigma(z_hat) where the text states N(mu, I): unit variance is used.
+- Frozen means no gradient and batch normalisation in eval mode: phase one leaves this script bit for bit as it came.
+- The decoder never sees t, so at best z_hat predicts the mean of z over transformations (equivariance.py measures it).
+- --from-scratch: both encoders train together without phase one; z collapses to a constant (the paper's section 3.2).
+- --steerable, ours: the decoder also sees t, which makes it the Barber-Agakov bound of I(z; z_hat, t) (eq. 3).
+- --mean-target, ours: D predicts phase one's mu. The objective does not bound phase one's sigma. In a dimension that
+  the decoder ignores it can diverge; sampled z is then mostly noise.
+Logged: squared_error; explained, the share of z's variance within the batch that D(z_hat) predicts; logvar and z_std.
 """
 
 import torch
@@ -35,17 +29,14 @@ from torch import nn
 from common import (
     Run,
     build_encoder,
-    file_path,
+    gaussian,
     load_checkpoint,
     load_encoder,
     reparameterize,
     run_command,
-    sample_coefficients,
-    sample_crops,
     training_parser,
-    transformation_target,
-    warp_batch,
 )
+from minter_warp import sample_coefficients, sample_crops, transformation_target, warp_batch
 
 
 class VTEBarberAgakov(nn.Module):
@@ -73,13 +64,13 @@ class VTEBarberAgakov(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.phase_one.train(mode and self.from_scratch)  # frozen, its running statistics too, whatever the rest does
+        self.phase_one.train(mode and self.from_scratch)  # frozen: its running statistics too
         return self
 
     def forward(self, images, transformed, t):
-        mu, logvar = self.phase_one(transformed)
+        mu, logvar = gaussian(self.phase_one(transformed))
         z = mu if self.mean_target else reparameterize(mu, logvar)  # (N, 512)
-        mu, logvar = self.encoder(images)
+        mu, logvar = gaussian(self.encoder(images))
         z_hat = reparameterize(mu, logvar)  # (N, 512)
         return self.decoder(torch.cat([z_hat, t], 1) if self.steerable else z_hat).float(), z, logvar
 
@@ -90,7 +81,8 @@ def vte_ba_loss(prediction, z, logvar):
     squared_error = (z - prediction).square().sum(1).mean()
     variance = (z - z.mean(0)).square().sum(1).mean().clamp(min=1e-12)  # a collapsed z has none
     explained = 1 - squared_error / variance
-    metrics = {"explained": explained, "logvar": logvar.mean(), "z_std": z.std(0).mean()}
+    metrics = {"squared_error": squared_error, "explained": explained, "logvar": logvar.mean(),
+               "z_std": z.std(0).mean()}
     return 0.5 * squared_error, metrics
 
 
@@ -122,7 +114,7 @@ def train(args):
             loss.backward()
             optimizer.step()
             run.step(loss, metrics, len(index))
-    run.finish(" ".join(["python probe.py", *filter(None, [args.pretrained]), args.output]))
+    run.finish("probe.py", *filter(None, [args.pretrained]), args.output, same=("data_dir",))
 
 
 def parse_args():
@@ -131,8 +123,8 @@ def parse_args():
         "python vte_ba.py --pretrained pt.ckpt --dataset digits --epochs 20 --lr 5e-4 --output vte_ba.ckpt",
         output="vte_ba.ckpt",
     )
-    add = parser.add_argument
-    add("--pretrained", type=file_path, metavar="CKPT",
+    add = parser.add_argument_group("phase two").add_argument
+    add("--pretrained", metavar="CKPT",
         help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
     add("--from-scratch", action="store_true", help="the ablation: no phase one, both encoders train and collapse")
     add("--steerable", action="store_true", help="ours: the decoder also sees the transformation")

@@ -56,9 +56,10 @@ def changed_to(folder):
 
 def in_float64():
     """Everything that asks for float32 gets float64, but for the warp."""
-    import common as warps
+    import common
+    import minter_warp
 
-    warp_batch, step, losses = warps.warp_batch, warps.Run.step, []
+    warp_batch, step, losses = minter_warp.warp_batch, common.Run.step, []
 
     def warp(images, index, crops=None, coefficients=None, scale=None, shift=None, dtype=None, **options):
         scale, shift = (None if values is None else values.to(torch.float32) for values in (scale, shift))
@@ -70,7 +71,8 @@ def in_float64():
 
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
-    warps.warp_batch, warps.choose_precision, warps.Run.step = warp, lambda *_: torch.float64, recorded
+    minter_warp.warp_batch = minter_warp.ops.warp_batch = warp  # before the scripts, and the views, take it from there
+    common.choose_precision, common.Run.step = lambda *_: torch.float64, recorded
     return losses
 
 
