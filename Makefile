@@ -31,11 +31,14 @@ $(VENV)/.installed:
 	@$(PIP) --quiet torch torchvision ninja pybind11 'setuptools>=77' wheel
 	@touch $@
 
+# An editable installation: minter_warp/_C...so comes to lie beside the package's other files. pip succeeds without it,
+# this does not.
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
 	@echo "building the compiled warp"
-	@$(PIP) --verbose --no-build-isolation '.[dev]' > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@$(PIP) --verbose --no-build-isolation --editable '.[dev]' > $(VENV)/build.log 2>&1 && \
+	    $(BIN)/python -c 'import minter_warp._C' 2>> $(VENV)/build.log || { cat $(VENV)/build.log; exit 1; }
 	@sed -n 's/^ *\(minter: building.*\)/\1/p' $(VENV)/build.log | tail -n 1
-	@$(BIN)/python -c 'import torch, minter_warp; print("built:", minter_warp.build_info())'
+	@$(BIN)/python -c 'import minter_warp; print("built:", minter_warp.build_info())'
 	@touch $@
 
 # In two processes of one thread each, a file of tests at a time.

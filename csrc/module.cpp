@@ -7,7 +7,7 @@
 
 #include "warp.h"
 
-PYBIND11_MODULE(minter_warp, module) {
+PYBIND11_MODULE(_C, module) {
   module.doc() = "minTER's compiled warp; importing it registers torch.ops.minter.warp";
   module.def(
       "build_info",
