@@ -1,0 +1,189 @@
+"""STL's family of transformations (minter_warp.views) against torchvision's, image by image: values, distributions,
+alignment, AugMix."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as tv
+from scipy.stats import ks_2samp
+from torchvision.transforms import v2
+
+from minter_warp import views
+
+
+@pytest.fixture(scope="module")
+def images():
+    """40 colourful images, smooth and noisy, 32 x 32, with pure colours and greys among them."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(40, 3, 32, 32, generator=generator)
+    smooth = F.interpolate(torch.rand(40, 3, 4, 4, generator=generator), size=32, mode="bicubic").clamp(0, 1)
+    images = torch.where(torch.arange(40)[:, None, None, None] % 2 == 0, noise, smooth)
+    images[0], images[1] = 0.5, torch.tensor([1.0, 0, 0])[:, None, None]  # grey and red, on which hue is undefined or 0
+    return (images * 255).round().to(torch.uint8)
+
+
+def levels_apart(a, b):
+    return (a - b).abs().max().item() * 255
+
+
+# ------------------------------------------------------------------------------------ one image at a time, torchvision
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_resized_crop_is_torchvisions(images, size):
+    images = F.interpolate(images.float(), size=size, mode="nearest").to(torch.uint8)
+    box = views.sample_transformations(40, size, torch.Generator().manual_seed(1))["box"]
+    box[0] = torch.tensor([0, 0, size, size])
+    ours = views.resized_crop(images, torch.arange(40), box, torch.full((3,), 1 / 255))
+    for image, place, crop in zip(images, box.tolist(), ours, strict=True):
+        assert levels_apart(crop, tv.resized_crop(image / 255, *place, size=[size, size], antialias=True)) < 1
+
+
+def test_colour_jitter_is_torchvisions_in_every_order(images):
+    images = images / 255
+    sampled = views.sample_transformations(40, 32, torch.Generator().manual_seed(2))
+    orders = torch.cartesian_prod(*[torch.arange(4)] * 4)
+    orders = orders[[len(set(order)) == 4 for order in orders.tolist()]]
+    assert len(orders) == 24
+    apply = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
+    factors = sampled["factors"].clone()
+    factors[:4] = torch.tensor([[1.4, 0.6, 1.4, 0.1], [0.6, 1.4, 0.6, -0.1], [1, 1, 1, 0], [1.4, 1.4, 1.4, 0.1]])
+    for order in orders:
+        ours = views.colour_jitter(images, factors, order.expand(40, 4))
+        for image, factor, jittered in zip(images, factors.tolist(), ours, strict=True):
+            for operation in order.tolist():
+                image = apply[operation](image, factor[operation])
+            assert levels_apart(jittered, image) < 1
+
+
+def test_each_image_gets_its_own_order_and_factors(images):
+    images = images / 255
+    sampled = views.sample_transformations(40, 32, torch.Generator().manual_seed(3))
+    together = views.colour_jitter(images, sampled["factors"], sampled["order"])
+    for i in range(40):
+        alone = views.colour_jitter(images[i : i + 1], sampled["factors"][i : i + 1], sampled["order"][i : i + 1])
+        assert torch.allclose(together[i], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("size, width", [(32, 3), (64, 5), (96, 9)])
+def test_blur_is_torchvisions(images, size, width):
+    images = F.interpolate(images / 255, size=size, mode="nearest")
+    sigma = torch.linspace(0.1, 2, 40)
+    sigma[:3] = 0  # no blur
+    ours = views.gaussian_blur(images, sigma)
+    assert torch.equal(ours[:3], images[:3])
+    for image, blurred, s in zip(images[3:], ours[3:], sigma[3:].tolist(), strict=True):
+        assert levels_apart(blurred, tv.gaussian_blur(image, [width, width], [s, s])) < 1
+
+
+def test_a_whole_view_is_torchvisions_operations_one_after_the_other(images):
+    generator = torch.Generator().manual_seed(4)
+    per_pair, per_image = views.sample_transformations(40, 32, generator), views.sample_flips_and_blurs(40, generator)
+    mean, std = torch.tensor([0.43, 0.42, 0.39]), torch.tensor([0.27, 0.26, 0.27])
+    index = torch.randperm(40, generator=generator)
+    ours = views.transform(images, index, per_pair, per_image, (1 / std, -mean / std))
+    apply = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
+    kinds = set()
+    for i in range(40):
+        image = tv.resized_crop(images[index[i]] / 255, *per_pair["box"][i].tolist(), size=[32, 32])
+        for operation in per_pair["order"][i].tolist():
+            image = apply[operation](image, per_pair["factors"][i, operation].item())
+        grey, flip, sigma = per_pair["grey"][i].item(), per_image["flip"][i].item(), per_image["sigma"][i].item()
+        image = tv.rgb_to_grayscale(image, 3) if grey else image
+        image = tv.horizontal_flip(image) if flip else image
+        image = tv.gaussian_blur(image, [3, 3], [sigma, sigma]) if sigma else image
+        assert levels_apart(ours[i], tv.normalize(image, mean.tolist(), std.tolist())) < 1 / 0.26
+        kinds.add((grey, flip, sigma > 0))
+    assert len(kinds) >= 6  # of the 8 combinations
+
+
+# ------------------------------------------------------------------------------------------------------ distributions
+
+
+def same_distribution(ours, theirs):
+    assert ks_2samp(np.asarray(ours), np.asarray(theirs)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_crops_are_distributed_as_torchvisions(size):
+    n = 4000
+    ours = views.sample_transformations(n, size, torch.Generator().manual_seed(0))["box"]
+    torch.manual_seed(0)
+    crop, blank = v2.RandomResizedCrop(size, scale=(0.2, 1.0)), torch.zeros(3, size, size)
+    theirs = [crop.make_params([blank]) for _ in range(n)]
+    theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in theirs])
+    for column in range(4):
+        same_distribution(ours[:, column], theirs[:, column])
+    same_distribution(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
+    same_distribution(ours[:, 2] / ours[:, 3], theirs[:, 2] / theirs[:, 3])
+    assert (ours >= 0).all() and (ours[:, 0] + ours[:, 2]).max() == size and (ours[:, 1] + ours[:, 3]).max() == size
+
+
+def test_colours_flips_and_blurs_are_distributed_as_torchvisions():
+    n = 4000
+    generator = torch.Generator().manual_seed(0)
+    ours, per_image = views.sample_transformations(n, 32, generator), views.sample_flips_and_blurs(n, generator)
+    torch.manual_seed(0)
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    theirs = [jitter.make_params([]) for _ in range(n)]
+    jittered = (ours["factors"] != torch.tensor([1.0, 1, 1, 0])).any(1)
+
+    def share(values, p):
+        assert values.float().mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
+
+    share(jittered, 0.8), share(ours["grey"], 0.2), share(per_image["flip"], 0.5), share(per_image["sigma"] > 0, 0.5)
+    for column, name in enumerate(["brightness", "contrast", "saturation", "hue"]):
+        same_distribution(ours["factors"][jittered, column], [p[f"{name}_factor"] for p in theirs])
+    same_distribution(per_image["sigma"][per_image["sigma"] > 0], torch.empty(n).uniform_(0.1, 2))
+    code = (ours["order"] * torch.tensor([64, 16, 4, 1])).sum(1)
+    counts = code.unique(return_counts=True)[1]
+    assert len(counts) == 24 and (ours["order"].sort(1).values == torch.arange(4)).all()
+    assert ((counts - n / 24) ** 2 / (n / 24)).sum() < 50  # chi-squared with 23 degrees of freedom: p about 0.001
+    independent = torch.stack([ours["grey"], jittered, per_image["flip"], per_image["sigma"] > 0]).double()
+    assert (torch.corrcoef(independent) - torch.eye(4)).abs().max() < 0.07
+
+
+# ---------------------------------------------------------------------------------------------------------- alignment
+
+
+def test_pairs_share_their_transformation_and_neighbouring_pairs_do_not():
+    drawn = views.sample_transformations(4, 32, torch.Generator().manual_seed(0))
+    aligned = views.align(drawn, 7)
+    for name, values in aligned.items():
+        assert len(values) == 7
+        for i in range(3):
+            assert torch.equal(values[2 * i], values[2 * i + 1]), name
+        assert torch.equal(values[6], drawn[name][3])
+    for i in range(3):
+        assert not torch.equal(aligned["box"][2 * i], aligned["box"][2 * i + 2])
+
+
+def test_augmix_mixes_a_pair_alike_and_is_torchvisions(images):
+    twice = images[:6].repeat_interleave(2, 0) / 255
+    torch.manual_seed(0)
+    mixed = views.augmix(twice, 2)
+    for i in range(6):
+        assert torch.equal(mixed[2 * i], mixed[2 * i + 1])
+    assert sum(not torch.equal(mixed[2 * i], twice[2 * i]) for i in range(6)) >= 5
+    torch.manual_seed(0)
+    unaligned = torch.cat([v2.AugMix()(pair) for pair in (twice * 255).to(torch.uint8).split(2)])
+    assert not all(torch.equal(unaligned[2 * i], unaligned[2 * i + 1]) for i in range(6))  # why `augmix` draws one set a pair
+    single = (twice[:1] * 255).to(torch.uint8)
+    torch.manual_seed(1)
+    ours = views.augmix(twice[:1], 2)
+    torch.manual_seed(1)
+    assert torch.equal(ours, v2.AugMix()(single).float() / 255)
+
+
+def test_augmix_comes_after_grayscale(images, monkeypatch):
+    """A grey view is mixed from greys: were it the other way round, AugMix would see colours."""
+    seen = []
+    monkeypatch.setattr(views, "augmix", lambda batch, together: seen.append(batch) or batch)
+    generator = torch.Generator().manual_seed(4)
+    per_pair, per_image = views.sample_transformations(40, 32, generator), views.sample_flips_and_blurs(40, generator)
+    views.transform(images, torch.arange(40), per_pair, per_image, (torch.ones(3), torch.zeros(3)), augmix_together=2)
+    grey = seen[0].amax(1).sub(seen[0].amin(1)).amax((1, 2)) < 1e-6
+    assert per_pair["grey"].sum() > 3 and grey[per_pair["grey"]].all()
