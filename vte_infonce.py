@@ -93,10 +93,12 @@ class ConcatenatedCritic(nn.Module):
         norms = [layer for layer in self.layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.momentum = 0.0
-        yield
-        for norm in norms:
-            norm.momentum = 0.1
-            norm.num_batches_tracked -= norm.training
+        try:  # the recomputation ends by an exception once it has what it needs
+            yield
+        finally:
+            for norm in norms:
+                norm.momentum = 0.1
+                norm.num_batches_tracked -= int(norm.training)
 
 
 class SeparatedCritic(nn.Module):

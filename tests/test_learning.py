@@ -10,12 +10,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from avt import AVT, avt_loss
-from common import (
-    CONSTANT_PREDICTOR_ERROR,
-    image_statistics,
-    load_images,
+from common import image_statistics, load_images, reparameterize
+from minter_warp import (
     normalization,
-    reparameterize,
+    reference_errors,
     sample_coefficients,
     sample_crops,
     transformation_target,
@@ -26,6 +24,7 @@ from vte_ba import VTEBarberAgakov, vte_ba_loss
 from vte_infonce import ConcatenatedCritic, SeparatedCritic, VTEInfoNCE, vte_infonce_loss
 
 SIZE, BATCH, WINDOW = 16, 64, 25
+CONSTANT_PREDICTOR_ERROR = reference_errors(SIZE)["constant_predictor"]
 
 
 class SmallEncoder(nn.Module):
@@ -42,8 +41,8 @@ class SmallEncoder(nn.Module):
 
 @pytest.fixture(scope="module")
 def digits():
-    images, labels, _ = load_images("digits", "train", image_size=SIZE)
-    test_images, test_labels, _ = load_images("digits", "test", image_size=SIZE)
+    images, labels, *_ = load_images("digits", "train", image_size=SIZE)
+    test_images, test_labels, *_ = load_images("digits", "test", image_size=SIZE)
     scale_and_shift = normalization(*image_statistics("digits", images))
     return images, labels, test_images, test_labels, scale_and_shift
 

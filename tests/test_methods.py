@@ -281,7 +281,6 @@ def test_the_bound_never_exceeds_log_n(n):
     for scale in (0.0, 1.0, 100.0):
         for scores in (scale * torch.eye(n), scale * torch.randn(n, n), -scale * torch.eye(n)):
             metrics = vte_infonce_loss(scores, *codes(n, dtype=torch.float32))[1]
-            assert metrics["ceiling"].item() == pytest.approx(ceiling, rel=1e-6)
             assert metrics["bound"].item() <= ceiling + 1e-6
     best = vte_infonce_loss(100 * torch.eye(n), *codes(n))[1]  # the right pairs stand out: all that can be measured
     assert best["bound"].item() == pytest.approx(ceiling, rel=1e-5)
@@ -340,12 +339,12 @@ def test_a_collapsed_z_is_no_error():
 
 
 @pytest.mark.parametrize("script", [predictive_transform, vte_ba, vte_infonce, avt, stl])
-def test_importing_a_script_has_no_side_effects_and_needs_common_alone(script):
+def test_importing_a_script_has_no_side_effects_and_needs_common_and_the_warp_alone(script):
     import ast
 
     tree = ast.parse(open(script.__file__).read())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    standard = {"math", "sys", "torch.nn.functional", "torch.utils.checkpoint", "torchvision.transforms", "tqdm"}
-    assert modules - standard == {"torch", "common"}
+    standard = {"contextlib", "math", "warnings", "torch", "torch.nn.functional", "torch.utils.checkpoint"}
+    assert modules - standard == {"common", "minter_warp.views" if script is stl else "minter_warp"}
     assert script.__doc__ and "python " in script.__doc__ and "eq. " in script.__doc__
