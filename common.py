@@ -436,28 +436,26 @@ positive_int, positive_float = number(int, 1, 2**31 - 1), number(float, sys.floa
 non_negative_float, seed_int = number(float, 0), number(int, 0, 2**32 - 1)
 image_side = number(int, 8, 1024)
 
-VTE_HELP = {
-    "encoder": "both phases need the same (default: the paper's, alexnet for stl10 and nin for all else)",
-    "image_size": "images are resized to this side (default: 32, the paper's)",
-    "batch_size": "of all processes together (default: 512 for stl10, 256 for all else)",
-    "lr": "Adam's; 1e-4 for long runs as in the paper, 5e-4 for runs of few epochs; sigma can diverge above that",
-}
+ADAM_ADVICE = "Adam's; 1e-4 for long runs as in the paper, 5e-4 for few epochs; sigma can diverge above that"
 
 
-def training_parser(description, example, output, encoders=tuple(ENCODERS), lr=1e-4, advice=VTE_HELP):
-    """The flags that every training script has. advice: what to say of those whose defaults are a paper's."""
+def training_parser(description, example, output, lr=1e-4, lr_advice=ADAM_ADVICE):
+    """The flags that every training script has."""
     parser = Parser(description=description, epilog=f"example:\n  {example}")
     add = parser.add_argument_group("what to train").add_argument
     add("--dataset", help=f"digits (offline), cifar10, stl10, or a folder with {LAYOUT} (default: cifar10)")
     add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
-    add("--image-size", type=image_side, help=advice["image_size"])
+    add("--image-size", type=image_side,
+        help="images are resized to this side (default: 32; for stl.py on stl10 96)")
     add("--limit", type=positive_int, metavar="N", help="train on the first N images only, for tries")
-    add("--encoder", choices=encoders, help=advice["encoder"])
+    add("--encoder", choices=list(ENCODERS),
+        help="both phases of VTE need the same (default: nin; alexnet on stl10; for stl.py resnet18)")
     add("--output", default=output, help="checkpoint to write; the log goes beside it, as .jsonl")
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=positive_int, default=200, help="200 as in the paper; 10 to 20 show whether it learns")
-    add("--batch-size", type=positive_int, help=advice["batch_size"])
-    add("--lr", type=positive_float, default=lr, help=advice["lr"])
+    add("--batch-size", type=positive_int,
+        help="of all processes together (default: 256; 512 on stl10, but for stl.py)")
+    add("--lr", type=positive_float, default=lr, help=lr_advice)
     add("--seed", type=seed_int, default=0, help="of weights, order, transformations and noise; vary it for error bars")
     add("--resume", action="store_true", help="go on from --output after its last finished epoch, if it is there")
     add("--save-every", type=positive_int, default=1, metavar="EPOCHS", help="epochs between checkpoints")
@@ -723,10 +721,9 @@ class Run:
     def step(self, loss, metrics, count):
         """Adds a step's loss and metrics, scalars on the device, to the epoch's means. Waits for the device only to
         show the loss in the progress bar, twice a second at most. Ends the run if a signal asked for it."""
-        names = ("loss", *metrics)
-        values = torch.stack([value.detach().float() for value in (loss, *metrics.values())])
-        total, images = self._sums.get(names, (torch.zeros_like(values), 0))
-        self._sums[names] = total.add(values, alpha=count), images + count
+        for name, value in (("loss", loss), *metrics.items()):
+            total, images = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value.detach().float() * count, images + count
         self._seen += count * world_size()
         self._bar.update(count * world_size())
         if not self._bar.disable and time.perf_counter() - self._shown > 0.5:
@@ -743,12 +740,7 @@ class Run:
 
     def means(self):
         """The mean of each metric over the images of this epoch so far, over all ranks; waits for the device."""
-        totals = {}
-        for names, (values, images) in self._sums.items():
-            for name, value in zip(names, average(values).tolist(), strict=True):
-                total, seen = totals.get(name, (0.0, 0))
-                totals[name] = total + value, seen + images
-        return {name: total / images for name, (total, images) in totals.items()}
+        return {name: average(total).item() / images for name, (total, images) in self._sums.items()}
 
     def _finish_epoch(self):
         model, optimizer, schedule = self._trained
@@ -816,11 +808,9 @@ def write_atomically(path, write):
             folder = os.open(Path(path).parent, os.O_RDONLY)
             sync(folder)
             os.close(folder)
-    except RuntimeError as error:  # how torch.save reports a full disk, after what the system said of it
-        system = error.__context__
-        if isinstance(system, OSError):
-            raise OSError(system.errno, system.strerror) from error
-        raise OSError(errno.EIO, str(error)) from error
+    except RuntimeError as error:  # torch.save's of a full disk; its context is what the system said
+        known = isinstance(error.__context__, OSError)
+        raise error.__context__ if known else OSError(errno.EIO, str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

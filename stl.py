@@ -223,13 +223,8 @@ def parse_args():
     parser = training_parser(
         "STL: self-supervised transformation learning; with --equi 0 --trans 0 --batch independent, SimCLR.",
         "python stl.py --dataset digits --encoder nin --epochs 20 --batch-size 128 --output stl.ckpt",
-        output="stl.ckpt", encoders=("resnet18", "nin", "alexnet"), lr=0.03,
-        advice={
-            "encoder": "default: resnet18, the paper's; nin is twice as fast on a CPU at 32 pixels",
-            "image_size": "images are resized to this side; default: 96 for stl10, as in the paper, 32 for all else",
-            "batch_size": "default: 256; each image is compared with all others of its batch, so more is better",
-            "lr": "SGD's, at the start; it follows a cosine to 0. 0.03 as in the paper, for batches of 256",
-        },
+        output="stl.ckpt", lr=0.03,
+        lr_advice="SGD's, at the start; it follows a cosine to 0. 0.03 as in the paper, for batches of 256",
     )
     add = parser.add_argument_group("STL").add_argument
     add("--preset", choices=list(PRESETS), default="code", help="where the paper and its released code differ: --trans "
