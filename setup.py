@@ -3,7 +3,6 @@
     pip install --no-build-isolation .        (without isolation: the build must see the torch it is for)
 
 Where it does not compile, the installation succeeds without it, and the PyTorch reference does the work.
-
 Environment: MINTER_CUDA=0 leaves CUDA out; CUDA_HOME names the toolkit; TORCH_CUDA_ARCH_LIST the architectures
 (default: that of the GPUs in this machine, or without one every architecture from Turing to Blackwell the compiler
 knows); MAX_JOBS the number of compilers at once; MINTER_SANITIZE=1 builds for the CPU only, with AddressSanitizer and
@@ -50,7 +49,7 @@ def choose_cuda():
             version = re.search(r"release (\d+)\.\d+", nvcc(home, "--version"))
             if version and version[1] == torch.version.cuda.split(".")[0]:
                 return home, None
-            return None, f"{home} has CUDA {version[1] if version else '?'} and torch {torch.version.cuda}"
+            return None, f"{home} has CUDA {version[1] if version else '?'}, torch is built for {torch.version.cuda}"
     return None, "no folder with both bin/nvcc and libcudart found; CUDA_HOME can name one"
 
 
@@ -58,60 +57,54 @@ def architectures(home):
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
-    known = {int(number) for number in re.findall(r"compute_(\d+)", nvcc(home, "--list-gpu-arch"))}
-    wanted = [number for number in (75, 80, 86, 89, 90, 100, 120) if number in known]
-    return ";".join(f"{number // 10}.{number % 10}" for number in wanted) + "+PTX"
+    known = re.findall(r"compute_(\d+)", nvcc(home, "--list-gpu-arch"))
+    wanted = [number for number in ("75", "80", "86", "89", "90", "100", "120") if number in known]
+    return ";".join(f"{number[:-1]}.{number[-1]}" for number in wanted) + "+PTX"
 
 
-home, why_not = choose_cuda()
+sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp", "csrc/memory.cpp"]
 # The oldest torch this build runs with, in the stable interface's notation: 2.11, or 2.10 where that is built with
 # (csrc/memory.cpp is of no use then).
 oldest = "0x020a000000000000" if torch.__version__.startswith("2.10.") else "0x020b000000000000"
-common = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={oldest}", f'-DMINTER_TORCH="{torch.__version__}"']
+flags = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={oldest}", f'-DMINTER_TORCH="{torch.__version__}"']
+home, why_not = choose_cuda()
 if home is None:
-    architecture_list = None
     print(f"minter: building the warp for the CPU only ({why_not})", file=sys.stderr)
 else:
-    architecture_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(home)
     os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: it looks once, at import
-    os.environ["TORCH_CUDA_ARCH_LIST"] = architecture_list
-    common += ["-DUSE_CUDA", f'-DMINTER_CUDA="{architecture_list}"']
-    print(f"minter: building the warp for the CPU and CUDA {architecture_list} with {home}/bin/nvcc", file=sys.stderr)
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
-
+    listed = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(home)
+    flags += ["-DUSE_CUDA", f'-DMINTER_CUDA="{listed}"']
+    sources += ["csrc/warp_cuda.cu"]
+    print(f"minter: building the warp for the CPU and CUDA {listed} with {home}/bin/nvcc", file=sys.stderr)
 # Coordinates are rounded as PIL's are (csrc/warp.h). Nobody looks at floating-point exceptions: the compiler may turn a
 # condition into a selection, and so vectorise, without any change of the results.
-cxx = [*common, "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 sanitizers = []
 if SANITIZE:  # a report ends the process; Python asks for -fwrapv, which would hide overflows
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g",
                   "-fno-omit-frame-pointer", "-fno-wrapv"]
 
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
 
 class Build(BuildExtension):
     def run(self):
-        """Without a compiler that works: minter_warp/_C.py in place of the library, whose import says what failed."""
+        """Where the library cannot be built, puts a module in its place whose import says why."""
         folder = Path("minter_warp" if self.inplace else f"{self.build_lib}/minter_warp")
+        self.build_temp = "build/sanitize" if SANITIZE else "build/objects"  # kept: only what changed is compiled
         try:
             super().run()
         except Exception as error:
             if SANITIZE:
                 raise
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            why += " (`pip install -v` shows the compiler's messages"
-            why += ")" if home is None else "; MINTER_CUDA=0 leaves CUDA out)"
-            print(f"minter: the compiled warp is NOT built, the PyTorch reference will do its work: {why}",
-                  file=sys.stderr)
+            why = f"{type(error).__name__}: {error}".splitlines()[0] + "; `pip install -v` shows the compiler's words"
+            print(f"minter: the compiled warp is NOT built, PyTorch's reference does its work: {why}", file=sys.stderr)
             for stale in folder.glob("_C.*"):
                 stale.unlink()
             (folder / "_C.py").write_text(f"raise ImportError({why!r})\n")
 
 
-sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp", "csrc/memory.cpp"]
-arguments = {"cxx": cxx + sanitizers}
-if home is None:
-    extension = CppExtension("minter_warp._C", sources, extra_link_args=sanitizers, extra_compile_args=arguments)
-else:
-    arguments["nvcc"] = [*common, "--threads=2", "-lineinfo"]
-    extension = CUDAExtension("minter_warp._C", [*sources, "csrc/warp_cuda.cu"], extra_compile_args=arguments)
+extension = (CppExtension if home is None else CUDAExtension)(
+    "minter_warp._C", sources, extra_link_args=sanitizers,
+    extra_compile_args={"cxx": [*flags, *exact, *sanitizers], "nvcc": [*flags, "--threads=2", "-lineinfo"]})
 setuptools.setup(packages=["minter_warp"], ext_modules=[extension], cmdclass={"build_ext": Build})

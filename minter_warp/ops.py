@@ -7,7 +7,7 @@ import torch  # before the compiled part, which is linked to it
 from minter_warp.reference import projective_warp_reference, warp_batch_reference
 
 try:
-    from minter_warp import _C  # registers torch.ops.minter.warp
+    import minter_warp._C as _C  # registers torch.ops.minter.warp
 except ImportError as error:
     _C, why_not_compiled = None, str(error)
 

@@ -170,7 +170,7 @@ def test_augmix_mixes_a_pair_alike_and_is_torchvisions(images):
     assert sum(not torch.equal(mixed[2 * i], twice[2 * i]) for i in range(6)) >= 5
     torch.manual_seed(0)
     unaligned = torch.cat([v2.AugMix()(pair) for pair in (twice * 255).to(torch.uint8).split(2)])
-    assert not all(torch.equal(unaligned[2 * i], unaligned[2 * i + 1]) for i in range(6))  # why `augmix` draws one set a pair
+    assert not all(torch.equal(unaligned[2 * i], unaligned[2 * i + 1]) for i in range(6))  # why `augmix` is ours
     single = (twice[:1] * 255).to(torch.uint8)
     torch.manual_seed(1)
     ours = views.augmix(twice[:1], 2)
