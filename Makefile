@@ -104,28 +104,28 @@ bench-gpu-train: setup
 	$(BIN)/python benchmarks/train.py precision --device cuda --epochs 20 --output $(INTO)/train-precision-$(GPU).json
 	$(BIN)/python benchmarks/train.py probe --device cuda --output $(INTO)/probe-times-$(GPU).json
 
-# Stopped and called again, these go on. STUDY passes flags on: make reproduce STUDY="--seeds 0 --minutes 9"
+# The studies (study/study.mk has the rest): stopped and called again, these go on. `make -k -j6 reproduce` on a GPU;
+# `timeout 9m make reproduce SEEDS=0` for nine minutes of one seed. DATA=DIR takes CIFAR-10 as files.
 DATA ?= cifar10
-STUDY ?=
 reproduce: reproduce-cifar10 $(if $(filter cifar10,$(DATA)),reproduce-stl10)
 
 reproduce-cifar10: setup
-	$(BIN)/python results/reproduce.py vte --dataset $(DATA) $(STUDY)
-	$(BIN)/python results/figures.py errors results/cifar10.json --output results/cifar10-errors.png
+	$(MAKE) -f study/study.mk vte DATA=$(DATA) PYTHON=$(BIN)/python
+	$(BIN)/python study/figures.py errors results/cifar10.json --output results/cifar10-errors.png
 
 reproduce-stl10: setup
-	$(BIN)/python results/reproduce.py vte --dataset stl10 $(STUDY)
+	$(MAKE) -f study/study.mk vte DATA=stl10 PYTHON=$(BIN)/python
 
 reproduce-small: setup
-	$(BIN)/python results/reproduce.py vte --scale small --dataset $(DATA) $(STUDY)
-	$(BIN)/python results/figures.py errors results/cifar10-small.json --output results/cifar10-small-errors.png
+	$(MAKE) -f study/study.mk vte SCALE=small DATA=$(DATA) PYTHON=$(BIN)/python
+	$(BIN)/python study/figures.py errors results/cifar10-small.json --output results/cifar10-small-errors.png
 
 reproduce-stl: setup
-	$(BIN)/python results/reproduce.py stl --dataset $(DATA) $(STUDY)
-	$(if $(filter cifar10,$(DATA)),$(BIN)/python results/reproduce.py stl --dataset stl10 $(STUDY))
+	$(MAKE) -f study/study.mk stl DATA=$(DATA) PYTHON=$(BIN)/python
+	$(if $(filter cifar10,$(DATA)),$(MAKE) -f study/study.mk stl DATA=stl10 PYTHON=$(BIN)/python)
 
 reproduce-stl-small: setup
-	$(BIN)/python results/reproduce.py stl --scale small --dataset $(DATA) $(STUDY)
+	$(MAKE) -f study/study.mk stl SCALE=small DATA=$(DATA) PYTHON=$(BIN)/python
 
 lint: setup
 	$(BIN)/python -m ruff check .
@@ -142,9 +142,9 @@ demo: setup
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic separated --output $(RUNS)/infonce1.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic concatenated --output $(RUNS)/infonce2.ckpt
 	$(BIN)/python stl.py --dataset digits --encoder nin --batch-size 100 --limit 700 --epochs 2 --output $(RUNS)/stl.ckpt
-	$(BIN)/python results/figures.py transformations --dataset digits --output $(RUNS)/transformations.png
-	$(BIN)/python results/figures.py curves $(RUNS)/*.jsonl --output $(RUNS)/curves.png
-	$(BIN)/python results/figures.py codes $(RUNS)/stl.ckpt --pairs 100 --output $(RUNS)/codes.png
+	$(BIN)/python study/figures.py transformations --dataset digits --output $(RUNS)/transformations.png
+	$(BIN)/python study/figures.py curves $(RUNS)/*.jsonl --output $(RUNS)/curves.png
+	$(BIN)/python study/figures.py codes $(RUNS)/stl.ckpt --pairs 100 --output $(RUNS)/codes.png
 	$(BIN)/python probe.py $(addprefix $(RUNS)/,avt.ckpt pt.ckpt vte_ba.ckpt infonce1.ckpt infonce2.ckpt stl.ckpt) \
 	    --train-sizes 500 100 --json $(RUNS)/probe.json --markdown $(RUNS)/probe.md
 	@echo "pictures: $(RUNS)/transformations.png $(RUNS)/curves.png $(RUNS)/codes.png; tables: $(RUNS)/probe.md"

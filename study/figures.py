@@ -1,12 +1,12 @@
 """Pictures of the data and of training runs, as PNG.
 
-    python results/figures.py transformations --dataset digits --output transformations.png
-    python results/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png
-    python results/figures.py codes stl.ckpt --output codes.png
-    python results/figures.py decoded pt.ckpt avt.ckpt --output decoded.png
-    python results/figures.py ranks equivariance.json --output ranks.png
-    python results/figures.py features pt.ckpt vte_ba.ckpt --output features.png
-    python results/figures.py errors results/cifar10-small.json --output errors.png
+    python study/figures.py transformations --dataset digits --output transformations.png
+    python study/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png
+    python study/figures.py codes stl.ckpt --output codes.png
+    python study/figures.py decoded pt.ckpt avt.ckpt --output decoded.png
+    python study/figures.py ranks equivariance.json --output ranks.png
+    python study/figures.py features pt.ckpt vte_ba.ckpt --output features.png
+    python study/figures.py errors results/cifar10-small.json --output errors.png
 """
 
 import json
@@ -23,24 +23,26 @@ from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (
-    MAX_IMAGE_SIZE,
     Parser,
     UserError,
     build_encoder,
     choose_device,
-    file_path,
+    image_side,
     load_checkpoint,
     load_encoder,
     load_images,
     load_model,
-    normalization,
-    positive,
-    projective_warp,
+    positive_int,
     run_command,
+    seed_int,
+)
+from minter_warp import (
+    normalization,
+    projective_warp,
     sample_coefficients,
     sample_corners,
-    seed,
     transformation_target,
+    views,
     warp_batch,
 )
 
@@ -54,8 +56,7 @@ def save(figure, path):
 
 def draw_transformations(args):
     """Images above, each under a random projective transformation below (VTE Figure 5)."""
-    images, _, _ = load_images(args.dataset, "train", args.data_dir, args.image_size)
-    images = images[: args.columns]
+    images = load_images(args.dataset, "unlabeled", args.data_dir, args.image_size, args.columns).images
     coefficients = sample_coefficients(len(images), args.image_size, torch.Generator().manual_seed(args.seed))
     figure, axes = plt.subplots(2, len(images), figsize=(len(images), 2.1), squeeze=False)
     for row, pictures in zip(axes, (images, projective_warp(images, coefficients)), strict=True):
@@ -82,6 +83,8 @@ def read_log(path):
 def draw_curves(args):
     """What each log holds against the epoch: the objective with its yardsticks above; below it the mean log-variance,
     or for STL what tells whether its codes and its hypernetwork are alive."""
+    shown_below = {"logvar": "mean log-variance", "code_spread": "code spread", "map_variation": "map variation",
+                   "hypernetwork_variation": "map variation"}  # as older logs call it
     figure, axes = plt.subplots(2, len(args.logs), figsize=(4.2 * len(args.logs), 4.6), squeeze=False, sharex="col")
     for (above, below), path in zip(axes.T, args.logs, strict=True):
         rows = read_log(path)
@@ -96,11 +99,9 @@ def draw_curves(args):
             above.set_ylim(0, 1.5 * rows[0].get("constant_predictor", 4))
         above.set_title(Path(path).stem)
         above.legend(fontsize=8)
-        names = {"logvar": "mean log-variance", "code_spread": "code spread",
-                 "hypernetwork_variation": "hypernetwork variation"}
-        for name in (name for name in names if name in rows[0]):
+        for name in (name for name in shown_below if name in rows[0]):
             colour = "tab:orange" if name == "logvar" else None
-            below.plot(epochs, [row[name] for row in rows], marker=".", color=colour, label=names[name])
+            below.plot(epochs, [row[name] for row in rows], marker=".", color=colour, label=shown_below[name])
         if below.lines:
             below.legend(fontsize=8)
         below.set_xlabel("epoch")
@@ -113,44 +114,42 @@ CODE_KINDS = ["crop", "brightness", "contrast", "saturation", "hue"]  # each alo
 
 
 def single_transformations(kind, n, size, generator):
-    """n transformations of one kind with all else left as it is: what stl.transform takes, and {strength: values}."""
-    import stl
-
-    drawn = stl.sample_transformations(n, size, generator)
-    shared = {**stl.unchanged_transformations(n, size), "order": drawn["order"]}
+    """n transformations of one kind with all else left as it is: what views.transform takes, and {strength: values}."""
+    drawn = views.sample_transformations(n, size, generator)
+    per_pair = {**views.unchanged_transformations(n, size), "order": drawn["order"]}
     if kind == "crop":
-        shared["box"] = box = drawn["box"]
+        per_pair["box"] = box = drawn["box"]
         top, left, height, width = box.float().unbind(1)
-        return shared, {"crop position, across": left + width / 2 - size / 2,
+        return per_pair, {"crop position, across": left + width / 2 - size / 2,
                         "crop position, down": top + height / 2 - size / 2, "crop size": (height * width).sqrt()}
     column = CODE_KINDS.index(kind) - 1
     spread = 0.1 if kind == "hue" else 0.4
     value = spread * (2 * torch.rand(n, generator=generator) - 1)
-    shared["factors"][:, column] += value
-    return shared, {kind: value}
+    per_pair["factors"][:, column] += value
+    return per_pair, {kind: value}
 
 
 def transformation_codes(path, n, data_dir, seed):
     """Codes (5 n, 128) of pairs of a held-out image and the same transformed, the kind of each (0 to 4), and {strength:
     values, NaN where it is of another kind}."""
-    import stl
+    from stl import load_stl
 
-    model, checkpoint = stl.load_stl(path)
+    model, checkpoint = load_stl(path)
     if model.transformation_encoder is None:
         raise UserError(f"'{path}' has no transformation codes: it was trained with --equi 0 --trans 0")
     config, size = checkpoint["config"], checkpoint["config"]["image_size"]
-    images, _, _ = load_images(config["dataset"], "test", data_dir, size)
+    images = load_images(config["dataset"], "test", data_dir, size).images
     generator = torch.Generator().manual_seed(seed)
     scale, shift = normalization(config["mean"], config["std"])
     codes, kinds, strengths = [], [], {}
     for number, kind in enumerate(CODE_KINDS):
         index = torch.randint(0, len(images), (n,), generator=generator)
-        shared, values = single_transformations(kind, n, size, generator)
-        plain = stl.unchanged_transformations(n, size)
-        own = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
+        per_pair, values = single_transformations(kind, n, size, generator)
+        plain = views.unchanged_transformations(n, size)
+        per_image = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
         with torch.no_grad():
             normal = 255 * scale, shift
-            before, after = (stl.transform(images, index, which, own, normal) for which in (plain, shared))
+            before, after = (views.transform(images, index, which, per_image, normal) for which in (plain, per_pair))
             for x, t in zip(before.split(250), after.split(250), strict=True):
                 codes.append(model.encode_transformation(model.encoder(x), model.encoder(t)))
         kinds += [number] * n
@@ -225,7 +224,7 @@ def draw_decoded(args):
     for path in args.checkpoints[1:]:
         if load_checkpoint(path)["config"]["image_size"] != size:
             raise UserError("the checkpoints differ in image_size: draw them one by one", exit_code=2)
-    images, _, _ = load_images(args.dataset or config["dataset"], "test", args.data_dir, size)
+    images = load_images(args.dataset or config["dataset"], "test", args.data_dir, size).images
     generator = torch.Generator().manual_seed(args.seed)
     images = images[torch.randperm(len(images), generator=generator)[: args.columns]]
     coefficients = sample_coefficients(len(images), size, generator)
@@ -256,16 +255,18 @@ def draw_decoded(args):
 
 
 def draw_ranks(args):
-    """Retrieval: how often the true transformation has each rank, for each map that `probe.py --equivariance --json`
-    measured (rows with z sampled are left out)."""
+    """Retrieval: how often the true transformation has each rank, for each map in the JSON of equivariance.py (rows
+    with z sampled are left out)."""
+    from probe import read_rows
+
+    panels = {}
     try:
-        rows = [row for row in json.loads(Path(args.rows).read_text())
-                if "ranks" in row and row["features"] != "sample" and row["transformations"] == args.transformations]
-        panels = {}
-        for row in rows:
-            panels.setdefault(row["checkpoint"] or row["method"], []).append((row["map"], row["value"], row["ranks"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{args.rows}' is no file that probe.py --equivariance --json wrote ({error})") from error
+        for row in read_rows(args.rows):
+            if "ranks" in row and row["features"] != "sample" and row["transformations"] == args.transformations:
+                maps = panels.setdefault(row["checkpoint"] or row["method"], [])
+                maps.append((row["map"], row["value"], row["ranks"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"'{args.rows}' is no file that equivariance.py --json wrote ({error})") from error
     if not panels:
         raise UserError(f"'{args.rows}' holds no retrieval under {args.transformations} transformations")
     columns = min(4, len(panels))
@@ -297,7 +298,7 @@ def draw_features(args):
     for (left, right), path in zip(axes, args.checkpoints, strict=True):
         checkpoint = load_checkpoint(path)
         config, size = checkpoint["config"], checkpoint["config"]["image_size"]
-        images, labels, classes = load_images(args.dataset or config["dataset"], "test", args.data_dir, size)
+        images, labels, classes, _ = load_images(args.dataset or config["dataset"], "test", args.data_dir, size)
         generator = torch.Generator().manual_seed(args.seed)
         chosen = torch.randperm(len(images), generator=generator)[: args.images]
         coefficients = sample_coefficients(len(chosen), size, torch.Generator().manual_seed(args.seed))
@@ -321,19 +322,21 @@ def draw_features(args):
 
 
 def draw_errors(args):
-    """Error against the number of labels, of all methods of a study (results/reproduce.py): one panel for each
-    classifier and kind of features, bars of one standard deviation over seeds, the paper's numbers dashed."""
-    from tables import BASELINES, FEATURES, METHODS, PUBLISHED, TITLES, collect, data_of, family_of, read_results
+    """Error against the number of labels, of all methods of a study: one panel for each classifier and kind of
+    features, bars of one standard deviation over seeds, the paper's numbers dashed."""
+    import tables
 
-    results = read_results(Path(args.results))
-    family, (errors, _) = family_of(results["study"]), collect(results)
-    published = PUBLISHED.get(data_of(results["study"]), {})
+    results = tables.read_results(Path(args.results))
+    errors, published = tables.measurements(results)[0], tables.published_for(results)
     if not errors:
         raise UserError(f"'{args.results}' holds no errors on labels yet")
-    methods = {method: title for method, (title, *_) in METHODS[family].items()} | {name: name for name in BASELINES}
-    colours = {method: "grey" if method in BASELINES else plt.cm.tab10(number) for number, method in enumerate(methods)}
+    shown = {key[0] for key in errors} | {method for known in published.values() for method in known}
+    methods = {method: title for method, title in tables.METHODS.items() if method in shown}
+    colours = {method: plt.cm.tab10(number) for number, method in enumerate(methods)}
+    colours |= dict.fromkeys(tables.BASELINES, "grey")
     classifiers = list(dict.fromkeys(classifier for _, _, classifier, _ in errors))
-    kinds = [kind for kind in FEATURES if any(key[1] == kind and key[0] not in BASELINES[1:] for key in errors)]
+    measured = {key[1] for key in errors if key[0] != "raw pixels"}
+    kinds = [kind for kind in tables.FEATURES if kind in measured]
     figure, axes = plt.subplots(len(kinds), len(classifiers), figsize=(4 * len(classifiers), 0.8 + 3.2 * len(kinds)),
                                 squeeze=False, sharex=True, sharey=True, layout="constrained")
     labels = sorted({key[3] for key in errors}
@@ -341,10 +344,8 @@ def draw_errors(args):
     for line, kind in zip(axes, kinds, strict=True):
         for axis, classifier in zip(line, classifiers, strict=True):
             for method, title in methods.items():
-                if not any(key[0] == method for key in errors) and method not in published.get(classifier, {}):
-                    continue
                 of_pixels = method == "raw pixels"
-                points = {size: measured for (name, features, by, size), measured in sorted(errors.items(), key=str)
+                points = {size: values for (name, features, by, size), values in sorted(errors.items(), key=str)
                           if name == method and by == classifier and (features == kind or of_pixels)}
                 sizes = sorted(points)
                 values = [list(points[size].of_seed.values()) for size in sizes]
@@ -352,10 +353,11 @@ def draw_errors(args):
                 axis.errorbar(sizes, [np.mean(value) for value in values], deviations,
                               color=colours[method], marker="x" if of_pixels else ".", capsize=2,
                               label=title.replace("*", ""))
-                theirs = published.get(classifier, {}).get(method, {}) if kind in ("sample", None) else {}
+                known = published.get(classifier, {}) if kind == tables.compared_features(results) else {}
+                theirs = known.get(method, {})
                 axis.plot(sorted(theirs), [theirs[size] for size in sorted(theirs)], "--", color=colours[method],
                           marker=".", markersize=4, alpha=0.7)
-            axis.set(xscale="log", title=f"{TITLES[classifier]}{', ' if kind else ''}{FEATURES[kind]}")
+            axis.set(xscale="log", title=f"{tables.TITLES[classifier]}{', ' if kind else ''}{tables.FEATURES[kind]}")
             axis.set_xticks(labels, [f"{size:,}" for size in labels])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
@@ -369,47 +371,47 @@ def draw_errors(args):
 
 def parse_args():
     parser = Parser(description="Pictures of the data and of training runs.",
-                    epilog="example:\n  python results/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png")
+                    epilog="example:\n  python study/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png")
     pictures = parser.add_subparsers(required=True, metavar="PICTURE")
 
     def picture(name, draw, help):
         """A subcommand; returns its add_argument."""
         subcommand = pictures.add_parser(name, help=help)
         subcommand.set_defaults(draw=draw)
-        subcommand.add_argument("--output", type=file_path, default=f"{name}.png", help="default: %(default)s")
+        subcommand.add_argument("--output", default=f"{name}.png")
         return subcommand.add_argument
 
     def drawn_from_data(add, of):
-        add("--data-dir", type=file_path, default="data", help="where cifar10 and stl10 are downloaded to")
-        add("--seed", type=seed, default=0, help=f"of {of}")
+        add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
+        add("--seed", type=seed_int, default=0, help=f"of {of}")
 
     add = picture("transformations", draw_transformations, "images, and the same transformed")
-    add("--dataset", type=file_path, default="digits", help="digits, cifar10, stl10 or a folder")
-    add("--image-size", type=positive(int, MAX_IMAGE_SIZE), default=32, help="side in pixels")
-    add("--columns", type=positive(int), default=10, help="how many images")
+    add("--dataset", default="digits", help="digits, cifar10, stl10 or a folder")
+    add("--image-size", type=image_side, default=32, help="side in pixels")
+    add("--columns", type=positive_int, default=10, help="how many images")
     drawn_from_data(add, "the transformations")
     add = picture("curves", draw_curves, "training curves of one or more logs, side by side")
-    add("logs", nargs="+", type=file_path, metavar="LOG", help="the .jsonl beside a checkpoint")
+    add("logs", nargs="+", metavar="LOG", help="the .jsonl beside a checkpoint")
     add = picture("codes", draw_codes, "t-SNE of STL's transformation codes, by kind and by strength")
-    add("checkpoint", type=file_path, metavar="CKPT", help="of stl.py; its own data set's test images are used")
-    add("--pairs", type=positive(int), default=400, help="of each kind of transformation")
+    add("checkpoint", metavar="CKPT", help="of stl.py; its own data set's test images are used")
+    add("--pairs", type=positive_int, default=400, help="of each kind of transformation")
     drawn_from_data(add, "images, transformations and t-SNE")
     add = picture("decoded", draw_decoded, "transformations as PT and AVT decode them, drawn over images")
-    add("checkpoints", nargs="+", type=file_path, metavar="CKPT", help="of predictive_transform.py or avt.py")
-    add("--dataset", type=file_path, help="other data than the first checkpoint's, whose test images are used")
-    add("--columns", type=positive(int), default=7, help="how many images (default: %(default)s)")
+    add("checkpoints", nargs="+", metavar="CKPT", help="of predictive_transform.py or avt.py")
+    add("--dataset", help="other data than the first checkpoint's, whose test images are used")
+    add("--columns", type=positive_int, default=7, help="how many images")
     drawn_from_data(add, "images and transformations")
     add = picture("ranks", draw_ranks, "histograms of ranks in retrieval")
-    add("rows", type=file_path, metavar="JSON", help="what probe.py --equivariance --json wrote")
+    add("rows", metavar="JSON", help="what equivariance.py --json wrote")
     add("--transformations", choices=["projective", "crop", "colour", "crop+colour"], default="projective",
-        help="which of those it holds (default: %(default)s)")
+        help="which of those it holds")
     add = picture("features", draw_features, "t-SNE of features, by class and by rotation")
-    add("checkpoints", nargs="+", type=file_path, metavar="CKPT", help="two, say: a line of pictures for each")
-    add("--dataset", type=file_path, help="other data than each checkpoint's own, whose test images are used")
-    add("--images", type=positive(int), default=1000, help="how many (default: %(default)s)")
+    add("checkpoints", nargs="+", metavar="CKPT", help="two, say: a line of pictures for each")
+    add("--dataset", help="other data than each checkpoint's own, whose test images are used")
+    add("--images", type=positive_int, default=1000, help="how many")
     drawn_from_data(add, "images, transformations and t-SNE")
     add = picture("errors", draw_errors, "error against the number of labels, ours and the paper's")
-    add("results", type=file_path, metavar="JSON", help="what results/reproduce.py wrote")
+    add("results", metavar="JSON", help="results/<study>.json, or the results.json of its folder")
     return parser.parse_args()
 
 

@@ -1,0 +1,141 @@
+# Every training and evaluation behind the tables, as make targets. From the repository's root:
+#   make -f study/study.mk vte                     VTE's Tables 1 to 3: CIFAR-10, the paper's settings, three seeds
+#   make -f study/study.mk vte DATA=stl10          its Table 4
+#   make -f study/study.mk stl DATA=stl10          STL, its SimCLR base, STL with AugMix
+#   make -f study/study.mk vte SCALE=small DATA=data/cifar10-jpg SEEDS="0 1"
+#   make -f study/study.mk vte-tables SCALE=small  into results/ and the pages what is finished so far
+#
+# To stop: Ctrl-C, SIGTERM, or `timeout 9m make ...`. To go on: the same command. A finished part has its mark: a
+# training NAME.done, an evaluation its NAME-KIND.json. No part with a mark is made again, whatever its date; a training
+# without one goes on after the last epoch it saved. To make a part again, remove its mark, checkpoint and log, and the
+# marks of all that builds on it.
+# To go on elsewhere: copy the study's folder; of the checkpoints only those are needed on which something is to be built.
+# Several at once: `make -j2 -k`; -k goes on with all that does not follow from a part that failed. Share the cores out:
+# OMP_NUM_THREADS=<cores / jobs>. On a large GPU -j6 suits vte, -j2 suits stl. One make a folder at a time.
+
+# full: the papers' settings, on a GPU. small: on two CPU cores, some 85 minutes. tiny: to see it work, two minutes.
+SCALE ?= full
+# cifar10, stl10, digits (to see it work), or a folder that holds CIFAR-10 as files; DATA_DIR: where the first two go.
+DATA ?= cifar10
+DATA_DIR ?= data
+# All unless some are named: METHODS="pt vte_ba". What these build on is made too.
+METHODS ?=
+SEEDS ?= $(SEEDS.$(SCALE))
+DEVICE ?= auto
+RUNS ?= runs/study
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
+
+# Methods: script and variation, what each builds on, which settings each is trained with.
+SCRIPT.avt = avt.py
+SCRIPT.pt = predictive_transform.py
+SCRIPT.vte_ba = vte_ba.py
+SCRIPT.vte_infonce1 = vte_infonce.py --critic separated
+SCRIPT.vte_infonce2 = vte_infonce.py --critic concatenated
+SCRIPT.steerable = vte_ba.py --steerable
+SCRIPT.mean_target = vte_ba.py --mean-target
+SCRIPT.stl = stl.py
+SCRIPT.simclr = stl.py --equi 0 --trans 0 --batch independent
+SCRIPT.augmix = stl.py --augmix
+PHASE_TWO = vte_ba vte_infonce1 vte_infonce2 steerable mean_target
+before = $(if $(filter $(PHASE_TWO),$(1)),pt)
+group = $(if $(filter $(PHASE_TWO),$(1)),phase_two,$(if $(filter $(ALL.stl),$(1)),stl,predictors))
+
+# Families: methods and classifiers.
+ALL.vte = avt pt $(PHASE_TWO)
+ALL.stl = stl simclr augmix
+CLASSIFIERS.vte = mlp knn logistic
+CLASSIFIERS.stl = knn linear
+
+# Scales. Where nothing is said, the scripts' defaults are the papers' values.
+SEEDS.full = 0 1 2
+SAVE_EVERY.full = 20
+LABELS.full = $(if $(filter stl10,$(DATA)),--train-sizes 5000)
+FAMILIES.full.stl = --transformations crop+colour crop colour projective
+
+SEEDS.small = 0 1
+LIMIT.small.vte = 10000
+LIMIT.small.stl = 5000
+TRAIN.small.predictors = --limit $(LIMIT) --epochs 14 --batch-size 64 --lr 5e-4
+TRAIN.small.phase_two = --limit $(LIMIT) --epochs 8 --batch-size 128 --lr 5e-4
+TRAIN.small.stl = --encoder nin --limit $(LIMIT) --epochs 6 --batch-size 128
+LABELS.small = --train-sizes 5000 500
+FAMILIES.small.stl = --transformations crop+colour projective
+EQUIVARIANCE.small = --images 100 --pairs 2000
+LEFT_OUT.small = steerable mean_target
+
+SEEDS.tiny = 0 1
+LIMIT.tiny.vte = 128
+LIMIT.tiny.stl = 64
+TRAIN.tiny.predictors = --limit $(LIMIT) --epochs 2 --batch-size 64
+TRAIN.tiny.phase_two = --limit $(LIMIT) --epochs 1 --batch-size 64
+TRAIN.tiny.stl = --encoder nin --limit $(LIMIT) --epochs 1 --batch-size 32
+LABELS.tiny = --train-sizes 100 20
+FAMILIES.tiny.stl = --transformations crop+colour
+EQUIVARIANCE.tiny = --images 20 --per-image 12 --pairs 50
+
+# The study that is asked for, its folder, and its parts: FOLDER/seed0/pt.done, FOLDER/seed0/pt-labels.json, ...
+FAMILY := $(if $(filter stl%,$(MAKECMDGOALS)),stl,vte)
+LIMIT = $(LIMIT.$(SCALE).$(FAMILY))
+NAME := $(FAMILY:vte=)$(if $(filter stl,$(FAMILY)),-)$(or $(filter stl10 digits,$(DATA)),cifar10)-$(SCALE)
+FOLDER := $(RUNS)/$(NAME:-full=)
+WANTED := $(or $(METHODS),$(filter-out $(LEFT_OUT.$(SCALE)),$(ALL.$(FAMILY))))
+CHOSEN := $(filter $(WANTED) $(foreach method,$(WANTED),$(call before,$(method))),$(ALL.$(FAMILY)))
+# The baselines, an untrained encoder and raw pixels, take from one checkpoint which encoder it is.
+LIKE := $(firstword $(filter pt,$(CHOSEN)) $(CHOSEN))
+KINDS := $(if $(filter full,$(SCALE)),$(CLASSIFIERS.$(FAMILY):%=labels-%),labels) equivariance
+ifeq ($(FAMILY) $(DATA),stl stl10)
+KINDS += transfer
+endif
+of_seed = $(addprefix $(FOLDER)/seed$(1)/,$(2))
+TRAININGS := $(foreach seed,$(SEEDS),$(call of_seed,$(seed),$(CHOSEN:%=%.done)))
+EVALUATIONS := $(foreach kind,$(KINDS),$(TRAININGS:.done=-$(kind).json))
+EVALUATIONS += $(foreach seed,$(SEEDS),$(call of_seed,$(seed),$(KINDS:%=baselines-%.json)))
+PARTS := $(foreach seed,$(SEEDS),$(filter $(FOLDER)/seed$(seed)/%,$(TRAININGS) $(EVALUATIONS)))
+MISSING := $(filter-out $(wildcard $(PARTS)),$(PARTS))
+
+$(foreach method,$(filter-out $(ALL.$(FAMILY)),$(METHODS)),$(error METHODS: $(method) is none of $(ALL.$(FAMILY))))
+$(if $(filter full small tiny,$(SCALE)),,$(error SCALE: $(SCALE) is none of full small tiny))
+
+.PHONY: help vte stl vte-tables stl-tables data
+.DELETE_ON_ERROR:
+.SECONDEXPANSION:
+
+help:
+	@sed -n '1,18s/^# \?//p' $(firstword $(MAKEFILE_LIST))
+
+vte stl: $(PARTS)
+	$(PYTHON) study/parts.py collect $(FOLDER)
+
+vte-tables stl-tables:
+	$(PYTHON) study/parts.py collect $(FOLDER)
+
+# Downloads, or decodes, once, before many processes would.
+$(MISSING): | data
+data:
+	$(PYTHON) study/parts.py prepare $(FOLDER) --scale $(SCALE) --dataset '$(DATA)' --data-dir '$(DATA_DIR)' $(LIMIT:%=--limit %)
+
+# What the target of a rule is: seed0/vte_ba-labels-knn.json has the name vte_ba and the kind labels-knn. All that parts
+# need stands behind |: it has to be there, and its date says nothing. exec, so that make's signals reach Python.
+name = $(firstword $(subst -, ,$(basename $(notdir $@))))
+kind = $(patsubst $(name)-%,%,$(basename $(notdir $@)))
+seed = $(patsubst seed%,%,$(notdir $(@D)))
+whose = $(if $(filter baselines,$(name)),$(LIKE),$(name))
+where = --dataset '$(DATA)' --data-dir '$(DATA_DIR)' --device $(DEVICE)
+
+$(TRAININGS): | $$(addprefix $$(@D)/,$$(addsuffix .done,$$(call before,$$(name))))
+	@mkdir -p $(@D)
+	exec $(PYTHON) $(firstword $(SCRIPT.$(name))) $(where) --output $(@:.done=.ckpt) --resume \
+	    --save-every $(or $(SAVE_EVERY.$(SCALE)),1) $(addprefix --pretrained $(@D)/,$(addsuffix .ckpt,$(call before,$(name)))) \
+	    $(wordlist 2,9,$(SCRIPT.$(name))) $(TRAIN.$(SCALE).$(call group,$(name))) --seed $(seed) >> $(basename $@).out
+	@$(PYTHON) study/parts.py finish $(@:.done=.ckpt)
+
+SCRIPT.labels = probe.py
+FLAGS.labels = $(if $(filter stl,$(FAMILY)),--classifiers $(CLASSIFIERS.stl)) $(LABELS.$(SCALE))
+$(foreach c,$(CLASSIFIERS.$(FAMILY)),$(eval FLAGS.labels-$(c) = --classifiers $(c) $(LABELS.$(SCALE))))
+FLAGS.transfer = --classifiers linear --train-sizes 50000
+FLAGS.equivariance = $(FAMILIES.$(SCALE).$(FAMILY)) $(EQUIVARIANCE.$(SCALE))
+
+$(EVALUATIONS): | $$(@D)/$$(whose).done
+	exec $(PYTHON) $(if $(filter equivariance,$(kind)),equivariance.py,probe.py) $(@D)/$(whose).ckpt \
+	    $(if $(filter transfer,$(kind)),$(subst stl10,cifar10,$(where)),$(where)) --json $@ $(FLAGS.$(kind)) \
+	    --rows $(if $(filter baselines,$(name)),baselines,checkpoints) --seed $(seed) >> $(basename $@).out

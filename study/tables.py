@@ -1,0 +1,343 @@
+"""The tables of RESULTS.md and README.md, from results/<study>.json.
+
+    python study/tables.py
+
+Only what stands between a study's marks is replaced. Errors are means over training seeds ± their standard deviation.
+The published numbers beside them are those of one training; their ± (left out here) is that of sampling z.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import Parser, UserError, run_command, write_atomically
+from equivariance import column
+from probe import NAMES, between_marks
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = {  # name: what the tables call it; study.mk has the commands
+    "avt": "AVT",
+    "pt": "predictive transformation",
+    "vte_ba": "VTE-BA",
+    "vte_infonce1": "VTE-InfoNCE (1), separated",
+    "vte_infonce2": "VTE-InfoNCE (2), concatenated",
+    "steerable": "*ours:* VTE-BA, D sees t",
+    "mean_target": "*ours:* VTE-BA, predicts mu",
+    "stl": "STL",
+    "simclr": "SimCLR",
+    "augmix": "STL + AugMix",
+    "random encoder": "random encoder",
+    "raw pixels": "raw pixels",
+}
+BASELINES = ("random encoder", "raw pixels")
+PAPERS = ("avt", "pt", "vte_ba", "vte_infonce1", "vte_infonce2")  # VTE's rows, in its order
+
+
+def by_method(*rows):
+    return {method: dict(zip((50000, 5000, 500), row, strict=True)) for method, row in zip(PAPERS, rows, strict=True)}
+
+
+def at_5000(*errors):
+    return {method: {5000: error} for method, error in zip(PAPERS, errors, strict=True)}
+
+
+# error rates: {data set: {classifier: {method: {training labels: error}}}}
+PUBLISHED = {
+    "cifar10": {  # VTE Tables 1, 2, 3
+        "mlp": by_method((.147, .355, .797), (.142, .383, .655), (.140, .354, .508), (.148, .310, .550),
+                         (.152, .362, .476)),
+        "knn": by_method((.693, .743, .803), (.527, .596, .690), (.396, .488, .578), (.429, .508, .583),
+                         (.448, .519, .596)),
+        "logistic": by_method((.622, .759, .840), (.539, .698, .793), (.391, .457, .603), (.439, .550, .681),
+                              (.423, .523, .656)),
+    },
+    "stl10": {  # VTE Table 4
+        "mlp": at_5000(.522, .492, .460, .365, .363),
+        "knn": at_5000(.707, .711, .607, .475, .473),
+        "logistic": at_5000(.632, .544, .540, .477, .462),
+    },
+    "stl-stl10": {  # STL Tables 1, 2
+        "linear": {"stl": {5000: .1517}, "simclr": {5000: .1526}, "augmix": {5000: .1443}},
+        "transfer": {"stl": {50000: .1478}, "simclr": {50000: .1911}, "augmix": {50000: .1399}},
+    },
+}
+STUDIES = {  # those that results/ and the pages have: what makes each
+    "cifar10": "make reproduce", "stl10": "make reproduce", "cifar10-small": "make reproduce-small",
+    "stl-stl10": "make reproduce-stl", "stl-cifar10": "make reproduce-stl",
+    "stl-cifar10-small": "make reproduce-stl-small",
+}
+TITLES = {**NAMES, "transfer": "linear, transfer to CIFAR-10"}
+FEATURES = {"sample": "z sampled", "mu": "mu", "trunk": "before mu", None: ""}
+
+
+def published_for(results):
+    """The published numbers a study stands beside: {classifier: {method: {training labels: error}}}."""
+    return PUBLISHED.get(results["study"].removesuffix(f"-{results['scale']}"), {})
+
+
+def compared_features(results):
+    """Which of our rows stand beside the paper's."""
+    return None if results["study"].startswith("stl-") else "sample"
+
+
+def write_results(results, path):
+    """A line a part, so that changes can be read."""
+    head = json.dumps({name: value for name, value in results.items() if name != "parts"}, indent=1)[:-2]
+    parts = ",\n".join(f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in results["parts"].items())
+    text = f'{head},\n "parts": {{\n{parts}\n }}\n}}\n'
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_results(path):
+    """What `write_results` wrote. Raises UserError."""
+    try:
+        results = json.loads(path.read_text())
+        for part in results["parts"].values():
+            part["command"] + "", part["settings"] + [], part["seconds"] + 0.0
+            if "rows" not in part:
+                part["epochs"] + part["images"], part["log"].keys(), part["checkpoint"] + ""
+        measurements(results), provenance(results), results["title"] + results["study"] + results["scale"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"'{path}' does not hold the results of a study ({error})") from error
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+class Measured:
+    """Values over the training seeds, {seed: value}."""
+
+    def __init__(self):
+        self.of_seed = {}
+
+    def mean(self):
+        return statistics.mean(self.of_seed.values())
+
+    def text(self, digits=3, seeds=1):
+        """seeds: how many the study has; fewer behind a value are told in brackets."""
+        deviation = f" ± {statistics.stdev(self.of_seed.values()):.{digits}f}" if len(self.of_seed) > 1 else ""
+        return f"{self.mean():.{digits}f}{deviation}" + (f" ({len(self.of_seed)})" if len(self.of_seed) < seeds else "")
+
+
+def measurements(results):
+    """Errors {(method, features, classifier, labels): Measured} and equivariance {(family of transformations, method,
+    map of its own or "", features, heading): Measured}."""
+    errors, equivariance = {}, {}
+    for part, record in results["parts"].items():
+        number, _, rest = part.partition("/")
+        name, _, kind = rest.partition(" ")
+        for row in record.get("rows", []):
+            method = row["method"].partition(" (")[0] if name == "baselines" else name
+            if kind != "equivariance":
+                classifier = "transfer" if kind == "transfer" else row["classifier"]
+                key = method, row["features"], classifier, row["train_size"]
+                errors.setdefault(key, Measured()).of_seed[number] = row["error_mean"]
+            elif column(row):
+                own = row.get("map", "ridge").removeprefix("ridge")
+                key = row["transformations"], method, own, row["features"], column(row)
+                equivariance.setdefault(key, Measured()).of_seed[number] = row["value"]
+    return errors, equivariance
+
+
+def seeds_of(results):
+    return sorted({int(part.partition("/")[0]) for part in results["parts"]})
+
+
+def in_order(rows):
+    """Rows (method, ...) in the order of METHODS and FEATURES."""
+    orders = {**{name: i for i, name in enumerate(METHODS)}, **{name: i for i, name in enumerate(FEATURES)}}
+    return sorted(set(rows), key=lambda row: [(orders.get(part, 0), str(part)) for part in row])
+
+
+def table(headings, rows):
+    return ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings),
+            *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def error_tables(results, errors, seeds):
+    """For each classifier ours, the paper's and the difference, for each number of labels."""
+    compared, published = compared_features(results), published_for(results)
+    digits = 4 if results["study"].startswith("stl-") else 3
+    for classifier in dict.fromkeys([*published, *(key[2] for key in errors)]):
+        known = published.get(classifier, {})
+        sizes = sorted({key[3] for key in errors if key[2] == classifier}, reverse=True)
+        if not sizes:
+            continue
+        headings = ["", "features"]
+        for size in sizes:
+            headings += [f"{size:,} labels: ours", "paper", "difference"] if known else [f"{size:,} labels"]
+        rows = []
+        for method, features in in_order([key[:2] for key in errors] + [(method, compared) for method in known]):
+            cells = [METHODS[method], FEATURES[features]]
+            for size in sizes:
+                ours = errors.get((method, features, classifier, size))
+                theirs = known.get(method, {}).get(size) if features == compared else None
+                cells.append(ours.text(digits, seeds) if ours else "–")
+                if known:
+                    cells.append(f"{theirs:.{digits}f}" if theirs else "")
+                    cells.append(f"{ours.mean() - theirs:+.{digits}f}" if ours and theirs else "")
+            rows.append(cells)
+        yield TITLES[classifier], table(headings, rows)
+
+
+def order_table(results, errors):
+    """The paper's methods from the best to the worst in each column: in the paper, and ours by the mean over seeds; and
+    in how many seeds the paper's best is first, and its worst last."""
+    short = {"avt": "AVT", "pt": "PT", "vte_ba": "BA", "vte_infonce1": "I1", "vte_infonce2": "I2"}
+    columns = sorted({key[2:] for key in errors}, key=lambda column: -column[1])
+    rows = []
+    for classifier, known in published_for(results).items():
+        for size in [size for by, size in columns if by == classifier]:
+            if not all(size in known.get(method, {}) for method in PAPERS):
+                continue
+            theirs = sorted(PAPERS, key=lambda method: known[method][size])
+            for features in ("sample", "mu"):
+                ours = {method: errors[method, features, classifier, size].of_seed for method in PAPERS
+                        if (method, features, classifier, size) in errors}
+                seeds = set.intersection(*map(set, ours.values())) if len(ours) == len(PAPERS) else ()
+                if not seeds:
+                    continue
+                by_mean = sorted(ours, key=lambda method: statistics.mean(ours[method][seed] for seed in seeds))
+                ranks = [sorted(ours, key=lambda method, seed=seed: ours[method][seed]) for seed in seeds]
+                first, last = sum(rank[0] == theirs[0] for rank in ranks), sum(rank[-1] == theirs[-1] for rank in ranks)
+                rows.append([f"{TITLES[classifier]}, {size:,}", FEATURES[features],
+                             " < ".join(short[method] for method in theirs),
+                             " < ".join(short[method] for method in by_mean),
+                             f"{first} of {len(seeds)}", f"{last} of {len(seeds)}"])
+    headings = ["classifier, labels", "features", "paper", "ours", "the paper's best is first, in seeds",
+                "its worst is last, in seeds"]
+    return table(headings, rows) if rows else []
+
+
+def equivariance_tables(equivariance, seeds):
+    """One table a family of transformations. Rows with z sampled are left to the JSON."""
+    for family in dict.fromkeys(key[0] for key in equivariance):
+        found = {key[1:]: measured for key, measured in equivariance.items() if key[0] == family and key[3] != "sample"}
+        headings = [heading for heading in dict.fromkeys(key[3] for key in found) if "alone" not in heading]
+        rows = []
+        for method, own, features in in_order(key[:3] for key in found):
+            cells = [found.get((method, own, features, heading)) for heading in headings]
+            rows.append([METHODS[method] + (f": its {own}" if own else ""),
+                         *(cell.text(seeds=seeds) if cell else "" for cell in cells)])
+        yield family, table(["", *headings], rows)
+
+
+def trainings_table(results):
+    """What each training ended with, means over seeds."""
+    shown = {"squared_error": "squared error of t", "explained": "explained of z", "bound": "bound, nats",
+             "inv": "L_inv", "equi": "L_equi", "trans": "L_trans", "code_spread": "code spread",
+             "logvar": "mean log-variance", "z_std": "std of z"}
+    records = {method: [record for part, record in results["parts"].items() if part.partition("/")[2] == method]
+               for method in METHODS}
+    logged = {name for found in records.values() for record in found for name in record["log"]}
+    names, rows = [name for name in shown if name in logged], []
+    for method, found in records.items():
+        if found:
+            cells = [METHODS[method], f"{found[0]['epochs']} x {found[0]['images']:,}",
+                     f"{statistics.mean(record['seconds'] for record in found) / 60:.1f}"]
+            for name in names:
+                values = [record["log"][name][-1] for record in found if name in record["log"]]
+                cells.append(f"{statistics.mean(values):.3f}" if values else "")
+            rows.append(cells)
+    return table(["", "epochs x images", "minutes each", *(shown[name] for name in names)], rows) if rows else []
+
+
+def provenance(results):
+    """Where and with what: a sentence for each machine and set of versions that made any of it."""
+    used, told = {record["piece"] for record in results["parts"].values()}, {}
+    for number in sorted(used):
+        made = dict(results["pieces"][number]["machine"])
+        commit = made.pop("commit", None)
+        told.setdefault(json.dumps(made), []).append(commit or "unknown")
+    minutes = sum(piece["seconds"] for piece in results["pieces"]) / 60
+    text = [f"Seeds {', '.join(map(str, seeds_of(results)))}; {minutes:.0f} minutes in all."]
+    for made, commits in told.items():
+        made = json.loads(made)
+        gpu, processor = made.pop("gpu", None), made.pop("processor")
+        count = next(f"{made.pop(unit)} {unit}" for unit in ("cores", "threads") if unit in made)
+        versions = ", ".join(f"{name} {number}" for name, number in made.items())
+        text.append((f"{gpu}, " if gpu else "") + f"{count} of {processor}; {versions}; commit "
+                    f"{', '.join(dict.fromkeys(commits))}.")
+    return " ".join(text)
+
+
+def study_section(results):
+    """What stands between a study's marks in RESULTS.md."""
+    (errors, equivariance), seeds = measurements(results), len(seeds_of(results))
+    text = [f"**{results['title']}.** {provenance(results)} Commands: {results['study']}.json.", ""]
+    for title, lines in error_tables(results, errors, seeds):
+        text += [f"**{title}**, error", "", *lines]
+    order = order_table(results, errors)
+    if order:
+        text += ["**Order of the methods**, best first, I1 and I2 for the two InfoNCE", "", *order]
+    for number, (family, lines) in enumerate(equivariance_tables(equivariance, seeds)):
+        title = f"Equivariance, {family} transformations"
+        if number:
+            text += [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
+        else:
+            of = ", from mu" if compared_features(results) == "sample" else ""
+            text += [f"**{title}**{of} (EQUIVARIANCE.md says what each is)", "", *lines]
+    return "\n".join([*text, "**Trainings**, last epoch", "", *trainings_table(results)])
+
+
+def readme_section(studies):
+    """The main table: the full study as soon as any of it was made, else the small one."""
+    found = [name for name in ("cifar10", "cifar10-small") if studies[name] and measurements(studies[name])[0]]
+    if not found:
+        return "*Not yet run.*\n"
+    results, published = studies[found[0]], PUBLISHED["cifar10"]
+    errors, seeds = measurements(results)[0], len(seeds_of(results))
+    sizes = sorted({key[3] for key in errors}, reverse=True)
+    columns = [(classifier, size) for classifier in published for size in sizes]
+    rows = []
+    for method, features in in_order([key[:2] for key in errors] + [(method, "sample") for method in PAPERS]):
+        if METHODS[method].startswith("*ours"):  # these are in RESULTS.md
+            continue
+        cells = [METHODS[method], FEATURES[features]]
+        for classifier, size in columns:
+            ours = errors.get((method, features, classifier, size))
+            theirs = published[classifier].get(method, {}).get(size) if features == "sample" else None
+            text = (ours.text(seeds=seeds) if ours else "–") + (f"<br>*{theirs:.3f}*" if theirs else "")
+            cells.append(text.replace("0.", "."))  # narrow columns
+        rows.append(cells)
+    headings = [f"{NAMES[name].replace(' regression', '')}, {size:,}" for name, size in columns]
+    how = "at the paper's scale" if results["scale"] == "full" else "at a small scale ([what that is](RESULTS.md))"
+    text = [f"{results['title']}, error on 10,000 test images, {how}; mean ± standard deviation over {seeds} training "
+            "seeds. *In italics the paper's*, of its full scale and one seed."]
+    return "\n".join([*table(["error", "features", *headings], rows), *text, ""])
+
+
+def write_pages(root):
+    """Brings root/RESULTS.md and root/README.md up to date with root/results. Raises UserError."""
+    try:
+        paths = {name: root / "results" / f"{name}.json" for name in STUDIES}
+        studies = {name: read_results(path) if path.exists() else None for name, path in paths.items()}
+        sections = {"RESULTS.md": {name: study_section(found) if found else f"Not yet run (`{STUDIES[name]}`)."
+                                   for name, found in studies.items()},
+                    "README.md": {"main table": readme_section(studies)}}
+        for name, texts in sections.items():
+            page = before = (root / name).read_text()
+            for mark, text in texts.items():
+                page = between_marks(page, text, mark)
+                if page is None:
+                    raise UserError(f"'{root / name}' lacks the lines <!-- {mark} --> and <!-- /{mark} -->, between "
+                                    "which its table goes")
+            if page != before:
+                write_atomically(root / name, lambda file, page=page: file.write(page.encode()))
+    except OSError as error:
+        raise UserError(f"the tables cannot be read and written in '{root}', which must hold RESULTS.md, README.md "
+                        f"and results/: {error}") from error
+
+
+def main():
+    parser = Parser(description="Bring the tables of RESULTS.md and README.md up to date with results/*.json.",
+                    epilog="example:\n  python study/tables.py")
+    parser.add_argument("--pages", type=Path, default=ROOT, metavar="DIR", help="with results/, RESULTS.md, README.md")
+    write_pages(parser.parse_args().pages)
+
+
+if __name__ == "__main__":
+    run_command(main)
