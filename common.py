@@ -295,7 +295,10 @@ def list_images(folder, split):
 
 def load_folder(folder, split, image_size, limit=None):
     """Images of a folder, resized and cropped to squares, cached beside it until any of its files changes."""
-    files, classes = list_images(folder, split)
+    try:
+        files, classes = list_images(folder, split)
+    except OSError as error:
+        raise UserError(f"cannot list '{error.filename}' ({error.strerror})") from error
     files = files[:limit]
     labels = torch.tensor([label for _, label in files]) if classes else None
     listing = [DECODING]
@@ -447,7 +450,7 @@ def training_parser(description, example, output, lr=1e-4, lr_advice=ADAM_ADVICE
     add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
     add("--image-size", type=image_side,
         help="images are resized to this side (default: 32; for stl.py on stl10 96)")
-    add("--limit", type=positive_int, metavar="N", help="train on the first N images only, for tries")
+    add("--limit", type=positive_int, metavar="N", help="train on the first N images only, for tries (default: all)")
     add("--encoder", choices=list(ENCODERS),
         help="both phases of VTE need the same (default: nin; alexnet on stl10; for stl.py resnet18)")
     add("--output", default=output, help="checkpoint to write; the log goes beside it, as .jsonl")
