@@ -12,7 +12,11 @@ import torch
 from PIL import Image
 
 import common
-from common import NIN, AlexNet, UserError, load_checkpoint, load_encoder, load_images, reparameterize
+from avt import AVT
+from common import NIN, AlexNet, ResNet18, UserError, load_checkpoint, load_encoder, load_images, reparameterize
+from predictive_transform import PredictiveTransform
+from vte_ba import VTEBarberAgakov
+from vte_infonce import SeparatedCritic, VTEInfoNCE
 
 
 def make_folder(root, n=3, size=(20, 30), classes=("cat", "dog"), splits=("train", "test")):
@@ -58,6 +62,36 @@ def test_encoders_at_other_sizes(encoder, image_size):
     assert encoder(image_size)(torch.randn(2, 3, image_size, image_size))[0].shape == (2, 512)
 
 
+@pytest.mark.parametrize("encoder", [NIN, AlexNet, ResNet18])
+def test_a_deterministic_encoder_has_the_same_keys_without_a_log_variance(encoder):
+    """Checkpoints are read by these keys."""
+    module = encoder(32, probabilistic=False)
+    assert module(torch.randn(2, 3, 32, 32)).shape == (2, 512)
+    names = {name.split(".")[0] for name in module.state_dict()}
+    assert names == ({"trunk"} if encoder is ResNet18 else {"trunk", "mu"})
+
+
+def test_an_encoder_that_does_not_fit_is_one_sentence():
+    for name, size, says in (("alexnet", 31, "32 pixels or more"), ("resnet18", 32, "no log-variance")):
+        with pytest.raises(UserError, match=f"--encoder {name} does not fit here: .*{says}") as problem:
+            common.build_encoder(name, size)
+        assert problem.value.exit_code == 2
+
+
+@pytest.mark.parametrize("model", [
+    lambda encoder: PredictiveTransform(encoder), lambda encoder: AVT(encoder),
+    lambda encoder: VTEBarberAgakov(NIN(8), encoder), lambda encoder: VTEBarberAgakov(encoder, NIN(8)),
+    lambda encoder: VTEInfoNCE(NIN(8), encoder, SeparatedCritic()),
+    lambda encoder: VTEInfoNCE(encoder, NIN(8), SeparatedCritic()),
+])
+def test_a_deterministic_encoder_is_refused_by_every_model_that_samples(model):
+    images = torch.randn(2, 3, 8, 8)
+    model = model(NIN(8, probabilistic=False))
+    inputs = {PredictiveTransform: 1, VTEBarberAgakov: 3}.get(type(model), 2)
+    with pytest.raises(TypeError, match=r"\(mu, logvar\), not a tensor \(2, 512\)"):
+        model(*[images] * inputs)
+
+
 def test_reparameterize_draws_from_the_stated_normal():
     torch.manual_seed(0)
     mu, logvar = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.0, 2.0, -3.0])
@@ -78,90 +112,178 @@ def test_reparameterize_draws_from_the_stated_normal():
 def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
-    images, labels, names = load_images("digits", "train")
-    test_images, test_labels, _ = load_images("digits", "test")
-    assert len(images) + len(test_images) == 1797 and images.shape[1:] == (3, 32, 32) and images.dtype == torch.uint8
+    train, test = load_images("digits", "train"), load_images("digits", "test")
+    assert len(train.images) + len(test.images) == 1797
+    assert train.images.shape[1:] == (3, 32, 32) and train.images.dtype == torch.uint8
     digits = load_digits()
-    assert names == list("0123456789")
-    assert torch.equal(torch.cat([labels, test_labels]).bincount(), torch.from_numpy(digits.target).bincount())
-    assert test_labels.bincount(minlength=10).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]  # a fifth of each
-    assert torch.equal(images[:, 0], images[:, 2])
+    assert train.classes == list("0123456789") and train.largest == 8
+    assert torch.equal(torch.cat([train.labels, test.labels]).bincount(), torch.from_numpy(digits.target).bincount())
+    assert test.labels.bincount(minlength=10).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]  # a fifth of each
+    assert torch.equal(train.images[:, 0], train.images[:, 2])
     # The enlargement keeps what was there: shrunk again, each image is nearest to the original that has its label.
-    shrunk = torch.nn.functional.avg_pool2d(test_images[:, :1].float(), 4).flatten(1) * 16 / 255
+    shrunk = torch.nn.functional.avg_pool2d(test.images[:, :1].float(), 4).flatten(1) * 16 / 255
     nearest = torch.cdist(shrunk, torch.from_numpy(digits.data).float()).argmin(1)
-    assert len(nearest.unique()) == len(nearest) and (digits.target[nearest] == test_labels.numpy()).all()
+    assert len(nearest.unique()) == len(nearest) and (digits.target[nearest] == test.labels.numpy()).all()
+    few = load_images("digits", "train", limit=7)
+    assert torch.equal(few.images, train.images[:7]) and torch.equal(few.labels, train.labels[:7])
 
 
 def test_folder_of_images_of_any_size(tmp_path):
     folder = make_folder(tmp_path / "pets", n=3, size=(20, 30))
     (folder / "train" / "cat" / "notes.txt").write_text("no image")
-    images, labels, names = load_images(str(folder), "train", image_size=16)
-    assert images.shape == (6, 3, 16, 16) and names == ["cat", "dog"]
+    images, labels, classes, largest = load_images(str(folder), "train", image_size=16)
+    assert images.shape == (6, 3, 16, 16) and classes == ["cat", "dog"] and largest == 30
     assert labels.tolist() == [0, 1, 0, 1, 0, 1]  # the classes in turn: the first n are balanced
     assert images[:, :, 8, 8].tolist() == [[10 * i, 50 * label, 200] for i in range(3) for label in range(2)]
-    assert torch.equal(load_images(str(folder), "unlabeled", image_size=16)[0], images)
+    assert torch.equal(load_images(str(folder), "unlabeled", image_size=16).images, images)
     half = Image.new("RGB", (40, 20))
     half.paste((255, 255, 255), (0, 0, 20, 20))
     half.save(folder / "train" / "cat" / "0.png")  # 40 x 20: the centre 20 x 20 is kept
-    columns = load_images(str(folder), "train", image_size=16)[0][0, 0, 8]
-    assert columns[:7].min() == 255 and columns[9:].max() == 0
+    changed = load_images(str(folder), "train", image_size=16)
+    columns = changed.images[0, 0, 8]
+    assert columns[:7].min() == 255 and columns[9:].max() == 0 and changed.largest == 40
 
 
-def test_folder_cache_is_used_and_refreshed(tmp_path, monkeypatch):
+def colours(data):
+    return sorted(data.images[:, :, 4, 4].tolist())
+
+
+@pytest.mark.parametrize("where", ["", "photos/2024", "train", "train/holiday.jpg"])
+def test_a_folder_without_classes_trains_and_is_not_evaluated(where, tmp_path):
+    """Images at the top of a folder, below it, or in train/; a folder named like an image is a folder."""
+    folder = tmp_path / "pets"
+    (folder / where).mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (9, 9), (10 * i, 0, 0)).save(folder / where / f"{i}.png")
+    classes = ["holiday.jpg"] if where == "train/holiday.jpg" else []
+    for split in ("unlabeled", "train+unlabeled"):
+        data = load_images(str(folder), split, image_size=8)
+        assert colours(data) == [[0, 0, 0], [10, 0, 0], [20, 0, 0]] and data.classes == classes
+        assert data.labels is None or data.labels.tolist() == [0, 0, 0]
+    for split in ("test",) if classes else ("train", "test"):
+        with pytest.raises(UserError, match=r"'.*pets' has no labelled train/ and test/ \(or val/\) to evaluate on"):
+            load_images(str(folder), split, image_size=8)
+
+
+def test_val_serves_where_there_is_no_test_and_folders_within_a_class_belong_to_it(tmp_path):
+    folder = make_folder(tmp_path / "pets", n=1, splits=("train", "val"))
+    (folder / "train" / "cat" / "indoors" / "2024").mkdir(parents=True)
+    Image.new("RGB", (9, 9), (99, 0, 0)).save(folder / "train" / "cat" / "indoors" / "2024" / "a.JPEG", quality=100)
+    train, test = load_images(str(folder), "train", image_size=8), load_images(str(folder), "test", image_size=8)
+    assert train.labels.tolist() == [0, 1, 0] and abs(train.images[2, 0, 4, 4] - 99.0) < 3
+    assert colours(test) == [[0, 0, 200], [0, 50, 200]] and test.classes == ["cat", "dog"]
+    Image.new("RGB", (9, 9), (7, 7, 7)).save((folder / "val").rename(folder / "test") / "dog" / "1.png")
+    make_folder(folder.with_name("more"), n=1, splits=("val",))
+    (folder.with_name("more") / "val").rename(folder / "val")
+    assert len(load_images(str(folder), "test", image_size=8).images) == 3  # test/ goes before val/
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    folder = make_folder(tmp_path / "pets", n=1)
+    for hidden in (".ipynb_checkpoints", "cat/.thumbnails", ".hidden/cat"):
+        (folder / "train" / hidden).mkdir(parents=True)
+        (folder / "train" / hidden / "0.png").write_text("no image")
+    (folder / "train" / "cat" / "._0.png").write_text("no image, but what a file manager left")
+    data = load_images(str(folder), "train", image_size=8)
+    assert len(data.images) == 2 and data.classes == ["cat", "dog"]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that are decoded."""
+    names, decode = [], common.decode
+    monkeypatch.setattr(common, "decode", lambda path, size: names.append(os.path.basename(path)) or decode(path, size))
+    return names
+
+
+def test_folder_cache_is_used_and_refreshed(tmp_path, decoded):
     folder = make_folder(tmp_path / "pets")
-    decoded = []
-    decode = common.decode
-    monkeypatch.setattr(common, "decode", lambda path, size: decoded.append(path) or decode(path, size))
 
     def load():
         decoded.clear()
-        images, labels, _ = load_images(str(folder), "train", image_size=8)
-        return images, labels, len(decoded)
+        data = load_images(str(folder), "train", image_size=8)
+        return data, len(decoded)
 
-    images, labels, count = load()
+    data, count = load()
     assert count == 6
-    again, labels_again, count = load()
-    assert count == 0 and torch.equal(again, images) and torch.equal(labels_again, labels)
+    again, count = load()
+    assert count == 0 and torch.equal(again.images, data.images) and torch.equal(again.labels, data.labels)
+    assert again.largest == data.largest == 30
     assert [path.name for path in tmp_path.iterdir() if path != folder] == ["pets.train-8.cache"]
-    assert load_images(str(folder), "train", image_size=9)[0].shape[-1] == 9  # another size, another cache
+    assert load_images(str(folder), "train", image_size=9).images.shape[-1] == 9  # another size, another cache
 
     changed = folder / "train" / "dog" / "1.png"
     Image.new("RGB", (20, 30), (1, 2, 3)).save(changed)
     os.utime(changed, ns=(1, 1))
-    images, _, count = load()
-    assert count == 6 and images[3, :, 4, 4].tolist() == [1, 2, 3]
+    data, count = load()
+    assert count == 6 and data.images[3, :, 4, 4].tolist() == [1, 2, 3]
     changed.unlink()
-    assert len(load()[0]) == 5
+    assert len(load()[0].images) == 5
     (tmp_path / "pets.train-8.cache").write_bytes(b"not a cache")
-    assert len(load()[0]) == 5 and load()[2] == 0
+    assert load()[1] == 5 and load()[1] == 0
     torch.save({"fingerprint": "of another state", "images": torch.zeros(5, 3, 8, 8)}, tmp_path / "pets.train-8.cache")
-    assert load()[0].float().mean() > 0
+    assert load()[0].images.float().mean() > 0
 
 
-def test_folder_problems_are_named(tmp_path):
-    with pytest.raises(UserError, match="unknown data set 'cifar11'.*digits, cifar10, stl10") as problem:
+def test_a_limit_decodes_no_more_than_it_needs_and_has_a_cache_of_its_own(tmp_path, decoded):
+    folder = make_folder(tmp_path / "pets", n=4)
+    few = load_images(str(folder), "train", image_size=8, limit=3)
+    assert len(decoded) == 3 and few.labels.tolist() == [0, 1, 0]
+    whole = load_images(str(folder), "train", image_size=8)
+    assert len(decoded) == 3 + 8 and torch.equal(few.images, whole.images[:3])
+    again = load_images(str(folder), "train", image_size=8, limit=3)
+    assert len(decoded) == 11 and torch.equal(again.images, few.images)
+    assert {path.name for path in tmp_path.glob("*.cache")} == {"pets.train-8.cache", "pets.train-8-first3.cache"}
+
+
+def test_folder_problems_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="there is no data set 'cifar11': give --dataset digits, cifar10, stl10") as no:
         load_images("cifar11", "train")
-    assert problem.value.exit_code == 2
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no folder 'train/'"):
-        load_images(str(tmp_path / "empty"), "train")
+    assert no.value.exit_code == 2
     (tmp_path / "empty" / "train" / "cat").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds no images"):
-        load_images(str(tmp_path / "empty"), "train")
+    for folder in ("empty", "empty/train/cat"):
+        with pytest.raises(UserError, match=r"holds no images \(.bmp, .*it must hold train/<class>/\*"):
+            load_images(str(tmp_path / folder), "unlabeled")
     folder = make_folder(tmp_path / "pets")
-    (folder / "train" / "dog" / "1.png").write_bytes((folder / "train" / "dog" / "1.png").read_bytes()[:40])
-    with pytest.raises(UserError, match="cannot read the image '.*dog/1.png'"):
-        load_images(str(folder), "train")
-    (folder / "train" / "dog" / "1.png").unlink()
-    (folder / "train" / "dog" / "1.png").symlink_to("nowhere")
-    with pytest.raises(UserError, match="cannot read the image '.*dog/1.png'"):
-        load_images(str(folder), "train")
-    (folder / "train" / ".ipynb_checkpoints").mkdir()
-    (folder / "test" / "cat" / "._0.png").write_text("no image, but what a file manager left")
-    assert load_images(str(folder), "test")[2] == ["cat", "dog"]
     (folder / "test" / "bird").mkdir()
-    with pytest.raises(UserError, match="bird' has no counterpart"):
+    with pytest.raises(UserError, match="test/bird' has no counterpart in '.*train'"):
         load_images(str(folder), "test")
+
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", unreadable)  # the tests may run as one who may read everything
+    with pytest.raises(UserError, match=r"cannot list '.*pets/train' \(Permission denied\)"):
+        load_images(str(folder), "train")
+
+
+def test_all_images_that_cannot_be_read_are_listed_at_once(tmp_path):
+    folder = make_folder(tmp_path / "pets", n=8)
+    (folder / "train" / "dog" / "1.png").write_bytes((folder / "train" / "dog" / "1.png").read_bytes()[:40])
+    (folder / "train" / "cat" / "2.png").unlink()
+    (folder / "train" / "cat" / "2.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match="^2 of 16 images cannot be read, repair or remove them: ") as two:
+        load_images(str(folder), "train")
+    assert "dog/1.png' (" in str(two.value) and "cat/2.png' (" in str(two.value) and "..." not in str(two.value)
+    for i in range(8):
+        (folder / "train" / "dog" / f"{i}.png").write_text("no image")
+        (folder / "train" / "cat" / f"{i}.png").unlink()
+        (folder / "train" / "cat" / f"{i}.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match="^16 of 16 images cannot be read") as many:
+        load_images(str(folder), "train")
+    assert str(many.value).count(".png' (") == 10 and str(many.value).endswith("), ...")
+    assert str(many.value).count("no image of a kind that is read") == 5 and not list(tmp_path.glob("*.cache"))
+
+
+def test_links_are_followed_wherever_they_lead(tmp_path):
+    folder = make_folder(tmp_path / "pets", n=1)
+    (tmp_path / "else").mkdir()
+    (folder / "train" / "dog").rename(tmp_path / "else" / "dog")
+    (folder / "train" / "dog").symlink_to(tmp_path / "else" / "dog")  # a class
+    (folder / "train" / "cat" / "0.png").rename(tmp_path / "else" / "0.png")
+    (folder / "train" / "cat" / "0.png").symlink_to(tmp_path / "else" / "0.png")  # an image
+    data = load_images(str(folder), "train", image_size=8)
+    assert data.labels.tolist() == [0, 1] and colours(data) == [[0, 0, 200], [0, 50, 200]]
 
 
 def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
@@ -183,11 +305,14 @@ def test_cifar10_in_its_own_format(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names",
                                           "md5": write("batches.meta", {"label_names": names})})
-    images, labels, classes = load_images("cifar10", "train", tmp_path)
+    images, labels, classes, largest = load_images("cifar10", "train", tmp_path)
     assert images.shape == (20, 3, 32, 32) and labels.tolist() == 5 * [0, 1, 2, 3] and classes == names
+    assert largest == 32
     assert torch.equal(images[4].flatten(), torch.from_numpy(pixels["data_batch_2"][0]))  # red plane, green, blue
-    test_images, test_labels, _ = load_images("cifar10", "test", tmp_path)
-    assert torch.equal(test_images.flatten(1), torch.from_numpy(pixels["test_batch"])) and len(test_labels) == 3
+    test = load_images("cifar10", "test", tmp_path)
+    assert torch.equal(test.images.flatten(1), torch.from_numpy(pixels["test_batch"])) and len(test.labels) == 3
+    few = load_images("cifar10", "unlabeled", tmp_path, limit=5)
+    assert torch.equal(few.images, images[:5]) and few.labels.tolist() == [0, 1, 2, 3, 0]
     assert common.image_statistics("cifar10", images)[0] == (0.4914, 0.4822, 0.4465)
 
 
@@ -209,15 +334,17 @@ def test_stl10_in_its_own_format(tmp_path, monkeypatch):
     (base / "class_names.txt").write_text("\n".join("abcdefghij"))
     monkeypatch.setattr(STL10, "train_list", [[n, sums[n]] for n in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")])
     monkeypatch.setattr(STL10, "test_list", [[n, sums[n]] for n in ("test_X.bin", "test_y.bin")])
-    images, labels, classes = load_images("stl10", "train", tmp_path, image_size=96)
+    images, labels, classes, _ = load_images("stl10", "train", tmp_path, image_size=96)
     assert labels.tolist() == [0, 9, 4, 1] and classes == list("abcdefghij")
     assert torch.equal(images, torch.from_numpy(content["train_X.bin"]).transpose(2, 3))  # stored column by column
-    unlabeled, labels, _ = load_images("stl10", "unlabeled", tmp_path)
-    assert labels is None and unlabeled.shape == (6, 3, 32, 32)
+    unlabeled, labels, _, largest = load_images("stl10", "unlabeled", tmp_path)
+    assert labels is None and unlabeled.shape == (6, 3, 32, 32) and largest == 96
+    both = load_images("stl10", "train+unlabeled", tmp_path, limit=9)
+    assert len(both.images) == 9 and torch.equal(both.images[4:], unlabeled[:5])
     picture = Image.fromarray(content["unlabeled_X.bin"][0].transpose(2, 1, 0))
     resized = torch.from_numpy(np.array(picture.resize((32, 32), Image.Resampling.BILINEAR))).permute(2, 0, 1)
     assert (unlabeled[0].int() - resized.int()).abs().max() <= 1
-    assert load_images("stl10", "test", tmp_path)[1].tolist() == [2, 3]
+    assert load_images("stl10", "test", tmp_path).labels.tolist() == [2, 3]
 
 
 def test_a_download_that_fails_says_what_works_offline(tmp_path, monkeypatch):
@@ -263,7 +390,7 @@ def write_checkpoint(path, method="predictive_transform", encoder="alexnet", ima
     model = Model()
     optimizer = torch.optim.Adam(model.parameters())
     config = {"encoder": encoder, "image_size": image_size, "dataset": "digits", "mean": [0.5] * 3, "std": [0.2] * 3}
-    common.save_checkpoint(path, method, config, model, optimizer, 3)
+    common.save_checkpoint(path, method, config, model, optimizer, 3, {"command": "python a.py", "gpu": None})
     if changes:
         torch.save({**torch.load(path, weights_only=True), **changes}, path)
     return model
@@ -273,11 +400,18 @@ def test_checkpoint_round_trip_holds_plain_data_only(tmp_path):
     model = write_checkpoint(tmp_path / "a.ckpt")
     checkpoint = load_checkpoint(tmp_path / "a.ckpt", "predictive_transform")
     assert checkpoint["format_version"] == 1 and checkpoint["epoch"] == 3 and "optimizer" in checkpoint
-    json.dumps(checkpoint["config"])
+    json.dumps([checkpoint["config"], checkpoint["made_with"]])
     images = torch.randn(2, 3, 32, 32)
     encoder = load_encoder(checkpoint, "a.ckpt")
     assert not encoder.training and torch.equal(encoder(images)[0], model.encoder(images)[0])
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]  # no temporary file is left
+
+
+def test_provenance_says_what_made_a_result():
+    made_with = common.provenance(torch.device("cpu"))
+    assert made_with.keys() == {"command", "processor", "threads", "gpu", "python", "torch", "commit"}
+    assert made_with["torch"] == torch.__version__ and made_with["gpu"] is None
+    assert json.loads(json.dumps(made_with)) == made_with
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
@@ -306,19 +440,30 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("number, written", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_without_fsync_is_no_error_and_a_failing_one_is(number, written, tmp_path, monkeypatch):
+    def answers(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", answers)
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    try:
+        with common.writing(path):
+            common.write_atomically(path, lambda file: file.write(b"new"))
+    except UserError as error:
+        assert not written and f"cannot write '{path}' ([Errno 5] Input/output error)" in str(error)
+    assert path.read_text() == ("new" if written else "old") and len(list(tmp_path.iterdir())) == 1
+
+
 def test_more_processes_than_gpus_are_refused_before_any_waits_for_the_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for rank in "01":
         for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match="2 processes were started on a machine with 1 GPU: .*nproc_per_node=1"):
-            common.join_processes(torch.device("cuda"))
+        with pytest.raises(UserError, match="this machine has 1 GPU, fewer than processes: .*nproc_per_node=1"):
+            common.init_distributed(torch.device("cuda"))
     assert not torch.distributed.is_initialized()
-
-
-class Bomb:
-    def __reduce__(self):
-        return (os.system, ("touch bomb-went-off",))
 
 
 def test_bad_checkpoints_get_one_sentence(tmp_path, monkeypatch):
@@ -331,10 +476,6 @@ def test_bad_checkpoints_get_one_sentence(tmp_path, monkeypatch):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
             load_checkpoint(name)
-    torch.save({"format_version": 1, "method": Bomb()}, "bomb.ckpt")
-    with pytest.raises(UserError, match="more than tensors and plain"):
-        load_checkpoint("bomb.ckpt")
-    assert not (tmp_path / "bomb-went-off").exists()
     for wrong in (7, {"encoder": {}}, {"state_dict": {}}):
         torch.save(wrong, "other.ckpt")
         with pytest.raises(UserError, match="is no checkpoint of minTER"):
@@ -346,5 +487,5 @@ def test_bad_checkpoints_get_one_sentence(tmp_path, monkeypatch):
         load_checkpoint("good.ckpt", "vte_ba")
     for changes in ({"encoder": "nin"}, {"image_size": 96}):  # the weights are AlexNet's at 32
         write_checkpoint("other.ckpt", **changes)
-        with pytest.raises(UserError, match="do not fit the encoder"):
+        with pytest.raises(UserError, match="do not fit the (NIN|AlexNet) that it names"):
             load_encoder(load_checkpoint("other.ckpt"), "other.ckpt")
