@@ -389,7 +389,11 @@ def rank_zero_first():
 
 def gather(rows):
     """(n, ...) of each rank -> (K n, ...) of all K ranks, with gradients."""
-    return rows if world_size() == 1 else torch.cat(differentiable.all_gather(rows.contiguous()))
+    if world_size() == 1:
+        return rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch 2.14, whose new form older versions lack
+        return torch.cat(differentiable.all_gather(rows.contiguous()))
 
 
 def rows_of_this_rank(n, device):
@@ -777,8 +781,8 @@ class Run:
         for name in same:
             if getattr(self.args, name) != usual[name]:
                 flags += f"--{name.replace('_', '-')}", str(getattr(self.args, name))
-        script = Path(sys.argv[0]).with_name(script)
-        self.say(f"wrote {self.output} and {self.log}\nnext: {shlex.join(['python', str(script), *flags])}")
+        script = os.path.relpath(Path(__file__).resolve().with_name(script))
+        self.say(f"wrote {self.output} and {self.log}\nnext: {shlex.join(['python', script, *flags])}")
         if world_size() > 1:
             dist.destroy_process_group()
 

@@ -340,7 +340,8 @@ def views_of(images, n, generator, together=2):
         per_pair = [stl.sample_transformations(n, 32, generator) for _ in range(2)]
     per_image = [stl.sample_flips_and_blurs(n, generator) for _ in range(2)]
     normalize = torch.full((3,), 1 / 0.3), torch.full((3,), -0.5 / 0.3)
-    return [stl.transform(images, index, *drawn, normalize) for drawn in zip(per_pair, per_image, strict=True)], per_pair
+    views = [stl.transform(images, index, *drawn, normalize) for drawn in zip(per_pair, per_image, strict=True)]
+    return views, per_pair
 
 
 def code_scores(model, images, others):
