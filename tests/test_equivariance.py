@@ -12,12 +12,21 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 from test_scripts import ROOT, refused, run
 
-import probe
+import equivariance
 import stl
 from avt import AVT
-from common import NIN, coefficients_from_corners, projective_warp, sample_coefficients, sample_corners, save_checkpoint
+from common import NIN, save_checkpoint
+from equivariance import FAMILIES, EvaluationSet, measure, rank_distribution, ridge, ridge_map
+from minter_warp import (
+    coefficients_from_corners,
+    projective_warp,
+    reference_errors,
+    sample_coefficients,
+    sample_corners,
+    transformation_target,
+)
 from predictive_transform import PredictiveTransform
-from probe import FAMILIES, Representation, Setting, encode, measure, rank_distribution, ridge, ridge_map
+from probe import Representation, encode, read_rows, standardizer
 from vte_ba import VTEBarberAgakov
 
 CPU = torch.device("cpu")
@@ -26,19 +35,19 @@ CHANCE = {"MRR": sum(1 / rank for rank in range(1, PER_IMAGE + 1)) / PER_IMAGE, 
           "H@5": 5 / PER_IMAGE}
 
 
-def setting_of(family="projective", train_images=500, test_images=40, pairs=500, per_image=PER_IMAGE, size=32, seed=0):
-    return Setting(family, train_images, test_images, pairs, per_image, size, seed)
+def evaluation_set(family="projective", train_images=500, test_images=40, pairs=500, per_image=PER_IMAGE, size=32):
+    return EvaluationSet(family, train_images, test_images, pairs, per_image, size, seed=0)
 
 
 def noise(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scores(setting, x, tx):
+def scores(data, x, tx):
     """x, tx: pairs of (training, test) features. The measures of a deterministic representation, by their names."""
     original, transformed = (Representation("a.ckpt", "planted", None, *((features, None) for features in splits))
                              for splits in (x, tx))
-    rows = measure(setting, original, transformed, [], CPU)
+    rows = measure(data, original, transformed, [], CPU)
     return {(row["measure"], row.get("target"), row.get("from")): row for row in rows}
 
 
@@ -50,13 +59,13 @@ def value(rows, measure, target=None, source="x and t(x)"):
 
 
 def test_an_encoder_that_outputs_the_parameters_gets_full_marks():
-    setting = setting_of()
+    data = evaluation_set()
     content = noise(500, 8), noise(40, 8, seed=2)
-    told = [torch.cat(list(targets.values()), 1) for targets in (setting.train, setting.test)]
-    x = [torch.cat([of, torch.zeros(len(of), told[0].shape[1])], 1) for of in content]
+    targets = data.joined_targets()
+    x = [torch.cat([of, torch.zeros(len(of), targets[0].shape[1])], 1) for of in content]
     tx = [torch.cat([of[index], t], 1) for of, index, t in
-          zip(content, (setting.train_index, setting.test_index), told, strict=True)]
-    rows = scores(setting, x, tx)
+          zip(content, (data.train_index, data.test_index), targets, strict=True)]
+    rows = scores(data, x, tx)
     for source in ("x and t(x)", "t(x)"):
         assert value(rows, "accuracy", "rotation", source) == 1
         for name in ("t", "scale", "translation"):
@@ -66,9 +75,9 @@ def test_an_encoder_that_outputs_the_parameters_gets_full_marks():
 
 
 def test_an_invariant_encoder_knows_nothing_and_retrieves_as_chance_does():
-    setting = setting_of()
+    data = evaluation_set()
     content = noise(500, 8), noise(40, 8, seed=2)
-    rows = scores(setting, content, (content[0][setting.train_index], content[1][setting.test_index]))
+    rows = scores(data, content, (content[0][data.train_index], content[1][data.test_index]))
     assert value(rows, "moved") == 0
     for name, chance in CHANCE.items():  # every candidate is as near as the true one
         assert value(rows, name) == pytest.approx(chance, abs=1e-12)
@@ -79,8 +88,8 @@ def test_an_invariant_encoder_knows_nothing_and_retrieves_as_chance_does():
 
 
 def test_a_random_encoder_is_chance_within_its_intervals_and_moves_as_far_as_to_another_image():
-    setting = setting_of(test_images=120)
-    rows = scores(setting, (noise(500, 16), noise(120, 16, seed=2)), (noise(500, 16, seed=3), noise(2400, 16, seed=4)))
+    data = evaluation_set(test_images=120)
+    rows = scores(data, (noise(500, 16), noise(120, 16, seed=2)), (noise(500, 16, seed=3), noise(2400, 16, seed=4)))
     for name, chance in CHANCE.items():
         row = rows[name, None, None]
         assert row["low"] < chance < row["high"] and row["high"] - row["low"] < 0.05
@@ -93,51 +102,52 @@ def test_a_random_encoder_is_chance_within_its_intervals_and_moves_as_far_as_to_
 def test_an_encoder_that_turns_with_the_rotation_is_found_by_a_map_that_multiplies():
     """f(t(x)) = R(rotation) f(x), a representation of the quarter turns in three planes: what is known of t is worth
     nothing beside f(x) unless it acts on f(x)."""
-    setting = setting_of(train_images=800, pairs=800)
+    data = evaluation_set(train_images=800, pairs=800)
     quarter = torch.block_diag(*[torch.tensor([[0.0, -1], [1, 0]])] * 3)
     turns = torch.stack([torch.linalg.matrix_power(quarter, k) for k in range(4)])
     content = noise(800, 6), noise(40, 6, seed=2)
     tx = [torch.einsum("noi,ni->no", turns[targets["rotation"].argmax(1)], of[index]) for of, index, targets in
-          zip(content, (setting.train_index, setting.test_index), (setting.train, setting.test), strict=True)]
-    predicted = ridge_map(setting, content[0][setting.train_index], tx[0], content[1], CPU).flatten(0, 1)
+          zip(content, (data.train_index, data.test_index), (data.train_targets, data.test_targets), strict=True)]
+    predicted = ridge_map(data, content[0][data.train_index], tx[0], content[1], CPU).flatten(0, 1)
     assert torch.nn.functional.cosine_similarity(predicted, tx[1]).min() > 0.98
-    rows = scores(setting, content, tx)
+    rows = scores(data, content, tx)
     # The true one is first, with all others of its rotation, which have the very same features.
-    same = (setting.test["rotation"].view(40, PER_IMAGE, 1, 4) * setting.test["rotation"].view(40, 1, PER_IMAGE, 4))
-    same = same.sum((2, 3)).flatten().tolist()
+    rotation = data.test_targets["rotation"].view(40, PER_IMAGE, 4)
+    same = (rotation[:, :, None] * rotation[:, None]).sum((2, 3)).flatten().tolist()
     expected = np.mean([sum(1 / rank for rank in range(1, int(n) + 1)) / n for n in same])
     assert value(rows, "MRR") == pytest.approx(expected, abs=1e-3)
     assert value(rows, "H@1") == pytest.approx(np.mean([1 / n for n in same]), abs=1e-3)
-    additive = Ridge(1e-3).fit(torch.cat([content[0], setting.train["rotation"]], 1), tx[0])
-    weak = additive.predict(torch.cat([content[1][setting.test_index], setting.test["rotation"]], 1))
+    additive = Ridge(1e-3).fit(torch.cat([content[0], data.train_targets["rotation"]], 1), tx[0])
+    weak = additive.predict(torch.cat([content[1][data.test_index], data.test_targets["rotation"]], 1))
     assert torch.nn.functional.cosine_similarity(torch.from_numpy(weak), tx[1]).mean() < 0.1
 
 
 def test_a_transformation_that_shows_only_beside_the_original_takes_products():
     """Each feature of t(x) is that of x, or its opposite after an odd number of quarter turns: neither f(t(x)) nor a
     sum of f(x) and f(t(x)) tells the two kinds of turn apart, and f(x) f(t(x)) does."""
-    setting = setting_of(train_images=1000, pairs=1000, test_images=200)
+    data = evaluation_set(train_images=1000, pairs=1000, test_images=200)
     content = noise(1000, 4).sign(), noise(200, 4, seed=2).sign()
-    flip = [1 - 2 * (targets["rotation"].argmax(1, keepdim=True) % 2) for targets in (setting.train, setting.test)]
+    flip = [1 - 2 * (targets["rotation"].argmax(1, keepdim=True) % 2)
+            for targets in (data.train_targets, data.test_targets)]
     tx = [of[index] * sign for of, index, sign in
-          zip(content, (setting.train_index, setting.test_index), flip, strict=True)]
-    rows = scores(setting, content, tx)
+          zip(content, (data.train_index, data.test_index), flip, strict=True)]
+    rows = scores(data, content, tx)
     assert abs(value(rows, "accuracy", "rotation") - 0.5) < 0.07  # one of two, of four
     for source in ("x and t(x), no products", "t(x)"):
         assert abs(value(rows, "accuracy", "rotation", source) - 0.25) < 0.07
 
 
 def test_sampled_features_are_measured_with_their_noise():
-    setting = setting_of()
-    told = [torch.cat(list(targets.values()), 1) for targets in (setting.train, setting.test)]
+    data = evaluation_set()
+    targets = data.joined_targets()
 
     def r2(kind, logvar):
         original = Representation("a", "planted", kind, *((torch.zeros(n, 15), torch.full((n, 15), logvar))
                                                          for n in (500, 40)))
-        transformed = Representation("a", "planted", kind, *((t, torch.full_like(t, logvar)) for t in told))
+        transformed = Representation("a", "planted", kind, *((t, torch.full_like(t, logvar)) for t in targets))
         torch.manual_seed(0)
         rows = {(row["measure"], row.get("target"), row.get("from")): row for row in
-                measure(setting, original, transformed, [], CPU)}
+                measure(data, original, transformed, [], CPU)}
         return value(rows, "R2", "scale"), value(rows, "moved")
 
     exact, noisy = r2("mu", 0.0), r2("sample", 0.0)
@@ -164,27 +174,27 @@ def literal_scores(predicted, candidates):
 
 @pytest.mark.parametrize("closeness", [0.0, 0.5, 3.0])
 def test_retrieval_is_its_literal_form_with_ties(closeness):
-    setting = setting_of(test_images=24)
+    data = evaluation_set(test_images=24)
     candidates = noise(24, PER_IMAGE, 5)
     candidates[:, 3] = candidates[:, 7]
     candidates[::2, 4:9] = 2 * candidates[::2, :1]  # as near as each other, whatever their length
     predicted = noise(24, PER_IMAGE, 5, seed=2) + closeness * candidates
-    measured, shares = probe.retrieval(setting, predicted, candidates)
+    measured, shares = equivariance.retrieval(data, predicted, candidates)
     for name, expected in literal_scores(predicted, candidates).items():
         assert measured[name]["value"] == pytest.approx(expected, abs=1e-9)
     assert sum(shares) == pytest.approx(1, abs=1e-5) and len(shares) == PER_IMAGE
 
 
 def test_chance_of_60_is_what_a_random_and_a_constant_map_score():
-    setting = setting_of(test_images=200, per_image=60)
+    data = evaluation_set(test_images=200, per_image=60)
     candidates = noise(200, 60, 8)
     for predicted, tolerance in ((noise(200, 60, 8, seed=2), 0.006), (noise(200, 1, 8).expand(-1, 60, -1), 1e-9)):
-        measured, shares = probe.retrieval(setting, predicted, candidates)
+        measured, shares = equivariance.retrieval(data, predicted, candidates)
         exact = {"MRR": sum(1 / rank for rank in range(1, 61)) / 60, "H@1": 1 / 60, "H@5": 5 / 60}
         assert {name: round(chance, 3) for name, chance in exact.items()} == {"MRR": 0.078, "H@1": 0.017, "H@5": 0.083}
         for name, chance in exact.items():
             assert measured[name]["value"] == pytest.approx(chance, abs=tolerance)
-        assert shares == pytest.approx([1 / 60] * 60, abs=max(tolerance, 1e-6))  # told to six digits
+        assert shares == pytest.approx([1 / 60] * 60, abs=max(tolerance, 1e-6))  # rounded to six digits
 
 
 def test_ranks_are_of_the_own_image_s_candidates():
@@ -203,24 +213,24 @@ def test_ridge_is_scikit_learn_s_with_the_penalty_that_validates_best():
     unit = (x @ x.T).diagonal().mean().item()
     fit = ~held_out
     errors = torch.stack([torch.from_numpy((Ridge(p * unit, fit_intercept=False).fit(x[fit], y[fit]).predict(
-        x[held_out]) - y[held_out].numpy()) ** 2).sum(0) for p in probe.RIDGE_PENALTIES])
+        x[held_out]) - y[held_out].numpy()) ** 2).sum(0) for p in equivariance.RIDGE_PENALTIES])
     best = errors.argmin(0)
-    assert best[0] < best[2]  # the one that can be told, and pure noise
+    assert best[0] < best[2]  # a column that follows from x, and pure noise
     for together, chosen in ((False, best), (True, errors.sum(1).argmin().expand(3))):
         weights = x.T @ ridge(x @ x.T, y, held_out, together)
         for column, number in enumerate(chosen.tolist()):
-            reference = Ridge(probe.RIDGE_PENALTIES[number] * unit, fit_intercept=False).fit(x, y[:, column])
+            reference = Ridge(equivariance.RIDGE_PENALTIES[number] * unit, fit_intercept=False).fit(x, y[:, column])
             assert weights[:, column].numpy() == pytest.approx(reference.coef_, abs=1e-8)
 
 
 def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_transformation(monkeypatch):
-    monkeypatch.setattr(probe, "RIDGE_PENALTIES", [0.1])
-    setting = setting_of(train_images=60, test_images=10, pairs=100)
-    x, tx, test_x = noise(60, 4)[setting.train_index], noise(100, 3, seed=2), noise(10, 4, seed=3)
-    told, test_told = setting.told()
-    assert told.shape == (100, 15)  # t 8, rotation 4, scale 1, translation 2
-    scaled, standard = probe.standardizer(x), probe.standardizer(told)
-    d, test_d = standard(told), standard(test_told)
+    monkeypatch.setattr(equivariance, "RIDGE_PENALTIES", [0.1])
+    data = evaluation_set(train_images=60, test_images=10, pairs=100)
+    x, tx, test_x = noise(60, 4)[data.train_index], noise(100, 3, seed=2), noise(10, 4, seed=3)
+    targets, test_targets = data.joined_targets()
+    assert targets.shape == (100, 15)  # t 8, rotation 4, scale 1, translation 2
+    scaled, standard = standardizer(x), standardizer(targets)
+    d, test_d = standard(targets), standard(test_targets)
 
     def products(f, d):
         f = torch.cat([torch.ones(len(f), 1), scaled(f) / math.sqrt(4)], 1).double()
@@ -230,8 +240,8 @@ def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_trans
     inputs = products(x, d)
     penalty = 0.1 * inputs.square().sum(1).mean().item()
     literal = Ridge(penalty, fit_intercept=False).fit(inputs, (tx - tx.mean(0)).double())
-    expected = literal.predict(products(test_x[setting.test_index], test_d)) + tx.mean(0).numpy()
-    assert ridge_map(setting, x, tx, test_x, CPU).flatten(0, 1).numpy() == pytest.approx(expected, abs=1e-4)
+    expected = literal.predict(products(test_x[data.test_index], test_d)) + tx.mean(0).numpy()
+    assert ridge_map(data, x, tx, test_x, CPU).flatten(0, 1).numpy() == pytest.approx(expected, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- intervals, movement
@@ -239,37 +249,37 @@ def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_trans
 
 def test_intervals_are_those_of_resampling_pairs_of_images():
     """Of a mean: value +- 1.96 standard errors, of 150 independent pairs whose two images agree."""
-    setting = setting_of(test_images=300)
+    data = evaluation_set(test_images=300)
     by_pair = noise(150).double() + 5
     by_image = by_pair.repeat_interleave(2)
-    interval = setting.measured(lambda w: w @ by_image / w.sum(1))
+    interval = data.with_interval(lambda w: w @ by_image / w.sum(1))
     assert interval["value"] == pytest.approx(by_image.mean().item())
     half = 1.96 * by_pair.std().item() / math.sqrt(150)
     assert interval["high"] - interval["value"] == pytest.approx(half, rel=0.12)
     assert interval["value"] - interval["low"] == pytest.approx(half, rel=0.12)
-    assert setting.weights.sum(1).eq(300).all()
+    assert data.weights.sum(1).eq(300).all()
 
 
 def test_r2_and_its_error_are_their_definitions():
-    setting = setting_of("colour", test_images=20)
+    data = evaluation_set("colour", test_images=20)
     train, test = noise(500, 6), noise(400, 6, seed=2)
-    train[:, 0] += setting.train["hue"][:, 0]
-    test[:, 0] += setting.test["hue"][:, 0]
-    measured = probe.predict_transformations(setting, [train], [test], CPU)
-    truth = setting.test["hue"][:, 0].double()
+    train[:, 0] += data.train_targets["hue"][:, 0]
+    test[:, 0] += data.test_targets["hue"][:, 0]
+    measured = equivariance.predict_targets(data, [train], [test], CPU)
+    truth = data.test_targets["hue"][:, 0].double()
     error, total = (measured["hue", "squared error"]["value"],
-                    (truth - setting.train["hue"].double().mean()).square().mean().item())
+                    (truth - data.train_targets["hue"].double().mean()).square().mean().item())
     assert measured["hue", "R2"]["value"] == pytest.approx(1 - error / total, abs=1e-9)
     assert 0.1 < measured["hue", "R2"]["value"] < 0.5  # the signal's variance is 1/3, the noise's 1: 0.25
     assert measured["hue", "R2"]["low"] < measured["hue", "R2"]["value"] < measured["hue", "R2"]["high"]
 
 
 def test_movement_is_its_literal_form():
-    setting = setting_of(test_images=10)
+    data = evaluation_set(test_images=10)
     x, tx = noise(10, 3), noise(10 * PER_IMAGE, 3, seed=2)
     moved = np.mean([(tx[i] - x[i // PER_IMAGE]).square().sum().item() for i in range(len(tx))])
     apart = np.mean([(x[i] - x[j]).square().sum().item() for i in range(10) for j in range(10) if i != j])
-    assert probe.movement(setting, x, tx)["value"] == pytest.approx(moved / apart, rel=1e-6)
+    assert equivariance.movement(data, x, tx)["value"] == pytest.approx(moved / apart, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- transformations
@@ -284,53 +294,53 @@ def test_drawing_corners_left_every_seed_as_it_was():
     assert turns.tolist()[0] == 2  # a and e are about -1
 
 
-def test_what_is_to_be_told_of_a_projective_map_is_its_geometry():
-    apply, told = FAMILIES["projective"](4000, 32, torch.Generator().manual_seed(0))
+def test_the_targets_of_a_projective_map_are_its_geometry():
+    apply, targets = FAMILIES["projective"](4000, 32, torch.Generator().manual_seed(0))
     turns, corners = sample_corners(4000, 32, torch.Generator().manual_seed(0))
-    assert torch.equal(told["rotation"].argmax(1), turns)
-    assert told["translation"].numpy() == pytest.approx((corners.mean(1) / 32 - 0.5).numpy(), abs=1e-6)
-    assert told["translation"].abs().max() < 0.125 + 1e-6  # four corners moved by 4 pixels of 32
-    assert (told["scale"] > 0.8 - 0.25).all() and (told["scale"] < 1.2 + 0.25).all()
-    assert told["scale"].mean() == pytest.approx(1, abs=0.02)
-    constant = (told["t"] - told["t"].mean(0)).square().sum(1).mean()
+    assert torch.equal(targets["rotation"].argmax(1), turns)
+    assert targets["translation"].numpy() == pytest.approx((corners.mean(1) / 32 - 0.5).numpy(), abs=1e-6)
+    assert targets["translation"].abs().max() < 0.125 + 1e-6  # four corners moved by 4 pixels of 32
+    assert (targets["scale"] > 0.8 - 0.25).all() and (targets["scale"] < 1.2 + 0.25).all()
+    assert targets["scale"].mean() == pytest.approx(1, abs=0.02)
+    constant = (targets["t"] - targets["t"].mean(0)).square().sum(1).mean()
     assert constant == pytest.approx(4.11, abs=0.1)
     square = torch.tensor([[[8.0, 0], [24, 0], [24, 16], [8, 16]]], dtype=torch.float64)  # half the side, 8 px up
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "sample_corners", lambda *args: (torch.zeros(1, dtype=torch.long), square))
-        _, told = FAMILIES["projective"](1, 32, None)
-    assert told["scale"].tolist() == [[0.5]] and told["translation"].tolist() == [[0, -0.25]]
+        patch.setattr(equivariance, "sample_corners", lambda *args: (torch.zeros(1, dtype=torch.long), square))
+        _, targets = FAMILIES["projective"](1, 32, None)
+    assert targets["scale"].tolist() == [[0.5]] and targets["translation"].tolist() == [[0, -0.25]]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_views_are_of_the_transformations_that_are_told(family):
+def test_the_views_are_of_the_transformations_that_the_targets_describe(family):
     """Two images that follow each other share theirs, pixels follow the targets, and x itself is untouched."""
-    setting = setting_of(family, test_images=6, per_image=10)
-    for values in setting.test.values():
+    data = evaluation_set(family, test_images=6, per_image=10)
+    for values in data.test_targets.values():
         by_pair = values.view(3, 2, 10, -1)
         assert torch.equal(by_pair[:, 0], by_pair[:, 1]) and not torch.equal(by_pair[0], by_pair[1])
     images = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[1] = images[0]
     flat, none = torch.nn.Flatten(), ((0.0,) * 3, (1 / 255,) * 3)  # grey levels as they are
-    views, _ = encode(flat, images, *none, CPU, torch.float32, 7, setting.test_index, setting.test_apply)
+    views, _ = encode(flat, images, *none, CPU, torch.float32, 7, data.test_index, data.test_apply)
     views = views.view(6, 10, 3, 32, 32)
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0, 0], views[0, 1])
     if family == "projective":
-        t = setting.test["t"][20:30].double()  # of image 2
+        t = data.test_targets["t"][20:30].double()  # of image 2
         t = t * torch.tensor([1, 1, 20, 1, 1, 20, 0.015, 0.015]) + torch.tensor([0, 0, 16, 0, 0, 16.0, 0, 0])
         expected = projective_warp(images[2:3].expand(10, -1, -1, -1).float(), t)
         assert (views[2] - expected).abs().gt(0.5).float().mean() < 0.01  # pixels on the border may fall either way
     elif family == "colour":
         brighter = views[2].mean((1, 2, 3)).sub(images[2].float().mean())
-        assert torch.corrcoef(torch.stack([brighter, setting.test["brightness"][20:30, 0]]))[0, 1] > 0.8
+        assert torch.corrcoef(torch.stack([brighter, data.test_targets["brightness"][20:30, 0]]))[0, 1] > 0.8
     else:
-        assert set(setting.test) >= {"crop position", "crop size"} and setting.test["crop size"].max() <= 1
+        assert set(data.test_targets) >= {"crop position", "crop size"} and data.test_targets["crop size"].max() <= 1
 
 
 def test_the_penalty_is_chosen_on_images_of_its_own():
-    setting = setting_of(train_images=50, pairs=170)
-    fit, held_out = (set(setting.train_index[rows].tolist()) for rows in (~setting.held_out, setting.held_out))
+    data = evaluation_set(train_images=50, pairs=170)
+    fit, held_out = (set(data.train_index[rows].tolist()) for rows in (~data.held_out, data.held_out))
     assert not fit & held_out and len(held_out) == 10 and len(fit) == 40
-    assert setting_of(test_images=41).n == 40
+    assert evaluation_set(test_images=41).n == 40
 
 
 # --------------------------------------------------------------------------------------------------- the methods' own
@@ -338,7 +348,7 @@ def test_the_penalty_is_chosen_on_images_of_its_own():
 
 def save(path, method, model, encoder="nin", **config):
     config = {"encoder": encoder, "image_size": 8, "dataset": "digits", "mean": [0.5] * 3, "std": [0.3] * 3, **config}
-    save_checkpoint(path, method, config, model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    save_checkpoint(path, method, config, model, torch.optim.SGD(model.parameters(), lr=0.1), 1, {})
     return {"method": method, "config": config, "model": model.state_dict()}
 
 
@@ -355,32 +365,32 @@ def small_stl():
 @torch.no_grad()
 @pytest.mark.parametrize("steerable", [False, True])
 def test_the_decoder_s_prediction_is_of_phase_one_and_chance_unless_it_sees_t(tmp_path, steerable):
-    setting, model = setting_of(test_images=10, size=8), barber_agakov(steerable)
+    data, model = evaluation_set(test_images=10, size=8), barber_agakov(steerable)
     checkpoint = save(tmp_path / "ba.ckpt", "vte_ba", model, steerable=steerable)
-    target, predict = probe.barber_agakov_map(checkpoint, "ba.ckpt")
+    target, predict = equivariance.barber_agakov_map(checkpoint, "ba.ckpt")
     images = torch.rand(3, 3, 8, 8)
     assert torch.equal(target(images)[0], model.phase_one(images)[0])
     x, z = noise(10, 512), noise(10 * PER_IMAGE, 512, seed=2)
-    ((name, predicted, candidates),) = predict(setting, x, z)
+    ((name, predicted, candidates),) = predict(data, x, z)
     assert torch.equal(candidates[3, 4], z[3 * PER_IMAGE + 4])
-    inputs = torch.cat([x[3], setting.test["t"][3 * PER_IMAGE + 4]]) if steerable else x[3]
+    inputs = torch.cat([x[3], data.test_targets["t"][3 * PER_IMAGE + 4]]) if steerable else x[3]
     assert torch.allclose(predicted[3, 4], model.decoder(inputs[None])[0], atol=1e-5)
     assert ("never sees t" in name) != steerable
     if not steerable:
-        measured, _ = probe.retrieval(setting, predicted, candidates)
+        measured, _ = equivariance.retrieval(data, predicted, candidates)
         for measure, chance in CHANCE.items():
             assert measured[measure]["value"] == pytest.approx(chance, abs=1e-9)
-    assert list(predict(setting_of("crop", test_images=10), x, z)) == []
+    assert list(predict(evaluation_set("crop", test_images=10), x, z)) == []
 
 
 @torch.no_grad()
 def test_the_hypernetwork_takes_the_code_from_the_other_image(tmp_path):
-    setting, model = setting_of("crop", test_images=10, size=8), small_stl()
+    data, model = evaluation_set("crop", test_images=10, size=8), small_stl()
     checkpoint = save(tmp_path / "stl.ckpt", "stl", model, preset="code", inv=1.0, equi=1.0, trans=0.1,
                       probabilistic=False)
-    target, predict = probe.hypernetwork_map(checkpoint, tmp_path / "stl.ckpt")
+    target, predict = equivariance.hypernetwork_map(checkpoint, tmp_path / "stl.ckpt")
     x, tx = noise(10, 512), noise(10 * PER_IMAGE, 512, seed=2)
-    (name, predicted, candidates), (projected, after, goal) = predict(setting, x, tx)
+    (name, predicted, candidates), (projected, after, goal) = predict(data, x, tx)
     assert target is None and (name, projected) == ("hypernetwork", "hypernetwork, projected")
     for image, other in ((4, 5), (5, 4)):
         code = model.encode_transformation(x[other][None], tx[other * PER_IMAGE + 7][None])
@@ -394,6 +404,9 @@ def test_the_hypernetwork_takes_the_code_from_the_other_image(tmp_path):
 # --------------------------------------------------------------------------------------------------------- the command
 
 
+FEW = ["--images", "10", "--per-image", "12", "--pairs", "60"]
+
+
 @pytest.fixture(scope="module")
 def measured(module_folder):
     """Untrained models at the digits' own 8 pixels, measured in one command into a page that is there already."""
@@ -401,10 +414,9 @@ def measured(module_folder):
     save(folder / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
     save(folder / "stl.ckpt", "stl", small_stl(), preset="code", inv=1.0, equi=1.0, trans=0.1, probabilistic=False)
     (folder / "page.md").write_text("# Before\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nAfter.\n")
-    result = run("probe.py", "--equivariance", "ba.ckpt", "stl.ckpt", "--transformations", "projective", "crop",
-                 "--images", 10, "--per-image", 12, "--pairs", 60, "--json", "rows.json", "--markdown", "page.md",
-                 cwd=folder)
-    return folder, result.stdout, json.loads((folder / "rows.json").read_text())
+    result = run("equivariance.py", "ba.ckpt", "stl.ckpt", "--transformations", "projective", "crop", *FEW,
+                 "--json", "rows.json", "--markdown", "page.md", cwd=folder)
+    return folder, result.stdout, read_rows(folder / "rows.json")
 
 
 def test_the_command_measures_every_row(measured):
@@ -416,42 +428,74 @@ def test_the_command_measures_every_row(measured):
     for row in rows:
         assert row["low"] <= row["value"] <= row["high"] or row["low"] == pytest.approx(row["high"]), row
         assert row["test_images"] == 10 and row["per_image"] == 12 and row["dataset"] == "digits"
-    own = {(row["transformations"], row["map"]) for row in rows if row.get("map", "ridge") != "ridge"}
-    assert own == {(family, name) for family in ("projective", "crop")
-                   for name in ("hypernetwork", "hypernetwork, projected")} | {("projective",
-                                                                                "decoder, which never sees t")}
+    learned = {(row["transformations"], row["map"]) for row in rows if row.get("map", "ridge") != "ridge"}
+    assert learned == {(family, name) for family in ("projective", "crop")
+                       for name in ("hypernetwork", "hypernetwork, projected")} | {("projective",
+                                                                                    "decoder, which never sees t")}
     (blind,) = [row for row in rows if row.get("map") == "decoder, which never sees t" and row["measure"] == "MRR"
                 and row["features"] == "mu"]
     assert blind["value"] == pytest.approx(sum(1 / rank for rank in range(1, 13)) / 12, abs=1e-9)
     assert blind["low"] == pytest.approx(blind["high"]) and len(blind["ranks"]) == 12
     for shown in ("knowing the rotation", "its hypernetwork, projected", "its decoder, which never sees t",
-                  "95 % interval, at most", "crop transformations"):
+                  "95 % interval, at most", "Crop transformations", "z sampled"):
         assert shown in printed
+    written = json.loads((folder / "rows.json").read_text())
+    assert written["made_with"]["seconds"] > 0 and "equivariance.py ba.ckpt" in written["made_with"]["command"]
+
+
+def page_tables(page):
+    """{title: (headings, {first cell and features: cells})} of a page."""
+    tables = {}
+    for title, text in re.findall(r"(?:\*\*|<summary>)(.*?)(?:\*\*|</summary>)\n\n(\|.*?)\n\n", page, re.DOTALL):
+        headings, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        tables[title] = {tuple(line[:2]): dict(zip(headings, line, strict=True)) for line in lines}
+    return tables
 
 
 def test_the_page_is_filled_between_its_marks(measured):
     folder, _, rows = measured
     page = (folder / "page.md").read_text()
     assert page.startswith("# Before\n\n<!-- measured -->\n") and page.endswith("<!-- /measured -->\n\nAfter.\n")
-    assert "\nold\n" not in page and "| crop position R² |" in page
-    (table,) = [part for part in re.split(r"\*\*|<details>", page) if "| knowing the rotation |" in part]
-    heading = table.strip().splitlines()[0].split(" | ")
-    (line,) = [line for line in table.splitlines() if line.startswith("| vte_ba (ba.ckpt) | mu |")]
-    cells = dict(zip(heading, line.split(" | "), strict=True))
-    for column, name, source in (("t R²", "R2", "x and t(x)"), ("t R², t(x) alone", "R2", "t(x)"),
-                                 ("t error", "squared error", "x and t(x)")):
-        (row,) = [row for row in rows if row["measure"] == name and row.get("target") == "t"
-                  and row["from"] == source and row["features"] == "mu" and row["checkpoint"] == "ba.ckpt"
-                  and row["transformations"] == "projective"]
-        assert cells[column] == f"{row['value']:.3f}"
+    assert "\nold\n" not in page and "z sampled" not in page
+    tables = page_tables(page)
+    assert list(tables) == [f"{family} transformations, {question}" for family in ("Projective", "Crop")
+                            for question in ("predicted from x and t(x)", "predicted from t(x) alone",
+                                             "retrieval and movement")]
+    line = "vte_ba (ba.ckpt)", "mu"
+    for question, heading, name, target, source in (
+            ("predicted from x and t(x)", "t R²", "R2", "t", "x and t(x)"),
+            ("predicted from t(x) alone", "t R²", "R2", "t", "t(x)"),
+            ("predicted from x and t(x)", "t error", "squared error", "t", "x and t(x)"),
+            ("predicted from t(x) alone", "rotation", "accuracy", "rotation", "t(x)"),
+            ("retrieval and movement", "moved", "moved", None, None)):
+        (row,) = [row for row in rows if (row["measure"], row.get("target"), row.get("from")) == (
+            name, target, source) and row["checkpoint"] == "ba.ckpt" and row["features"] == "mu"
+            and row["transformations"] == "projective"]
+        assert tables[f"Projective transformations, {question}"][line][heading] == f"{row['value']:.3f}"
+    crop = tables["Crop transformations, predicted from x and t(x)"]
+    assert ("knowing the rotation", "") not in crop
+    assert crop["knowing nothing", ""]["crop position R²"] == "0.000"
+
+
+def test_what_knowing_nothing_and_the_rotation_score_is_computed_for_the_size(measured):
+    folder, _, _ = measured
+    errors = reference_errors(8)
+    tables = page_tables((folder / "page.md").read_text())
+    predicted, retrieved = (tables[f"Projective transformations, {question}"] for question in (
+        "predicted from x and t(x)", "retrieval and movement"))
+    assert predicted["knowing nothing", ""]["t error"] == f"{errors['constant_predictor']:.3f}"
+    assert predicted["knowing the rotation", ""]["t error"] == f"{errors['rotation_only']:.3f}"
+    explained = 1 - errors["rotation_only"] / errors["constant_predictor"]
+    assert predicted["knowing the rotation", ""]["t R²"] == f"{explained:.3f}"
+    assert predicted["knowing nothing", ""]["rotation"] == "0.250"
+    assert retrieved["knowing nothing", ""]["H@1"] == f"{1 / 12:.3f}" and ("knowing the rotation", "") not in retrieved
 
 
 def test_the_same_seed_measures_the_same_whatever_stands_beside(measured, monkeypatch):
     folder, _, rows = measured
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", ["probe.py", "--equivariance", "stl.ckpt", "--images", "10", "--per-image", "12",
-                                     "--pairs", "60"])
-    again, _ = probe.probe_equivariance(probe.parse_args())
+    monkeypatch.setattr("sys.argv", ["equivariance.py", "stl.ckpt", *FEW])
+    again, _, _ = equivariance.probe_equivariance(equivariance.parse_args(), CPU)
     before, found = ([row["value"] for row in of if row["checkpoint"] == "stl.ckpt"
                       and row["transformations"] == "projective"] for of in (rows, again))
     assert found == pytest.approx(before, abs=1e-6) and len(found) > 10
@@ -460,16 +504,19 @@ def test_the_same_seed_measures_the_same_whatever_stands_beside(measured, monkey
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--equivariance", "--classifiers", "knn"], "--classifiers is of the evaluation on labels"),
-    (["--equivariance", "--mean-per-class"], "--mean-per-class is of the evaluation on labels"),
-    (["--per-image", 60], "--per-image goes with --equivariance"),
-    (["--transformations", "crop"], "--transformations goes with --equivariance"),
-    (["--equivariance", "--per-image", 4], "--per-image is to be 10 or more"),
-    (["--equivariance", "--markdown", "table.txt"], "give a file that ends in .md"),
-    (["--equivariance", "--transformations", "shear"], "invalid choice"),
+    (["--classifiers", "knn"], "unrecognized arguments: --classifiers"),
+    (["--per-image", 4], "argument --per-image: '4' is not a number 10 or more"),
+    (["--markdown", "table.txt"], "give a file that ends in .md"),
+    (["--json", "no/folder.json"], "in a folder that is there"),
+    (["--transformations", "shear"], "invalid choice"),
 ])
-def test_flags_that_make_no_sense_together_are_one_sentence(tmp_path, flags, says):
-    refused("probe.py", "pt.ckpt", *flags, cwd=tmp_path, code=2, says=says)
+def test_wrong_flags_are_one_sentence(tmp_path, flags, says):
+    refused("equivariance.py", "pt.ckpt", *flags, cwd=tmp_path, code=2, says=says)
+
+
+def test_the_flag_that_the_command_was_names_the_command(tmp_path):
+    refused("probe.py", "--equivariance", "pt.ckpt", "--images", 20, cwd=tmp_path, code=2,
+            says="python equivariance.py pt.ckpt --images 20")
 
 
 def test_too_few_images_and_foreign_weights_are_one_sentence(tmp_path):
@@ -480,11 +527,11 @@ def test_too_few_images_and_foreign_weights_are_one_sentence(tmp_path):
                 picture = np.full((8, 8, 3), 9 * i, dtype=np.uint8)
                 Image.fromarray(picture).save(tmp_path / "tiny" / split / label / f"{i}.png")
     save(tmp_path / "ba.ckpt", "vte_ba", barber_agakov(False))
-    refused("probe.py", "--equivariance", "ba.ckpt", "--dataset", "tiny", cwd=tmp_path, code=1,
+    refused("equivariance.py", "ba.ckpt", "--dataset", "tiny", cwd=tmp_path, code=1,
             says="has 8 test images: measuring equivariance takes 10 or more")
     save(tmp_path / "other.ckpt", "vte_ba", barber_agakov(True), steerable=False)
-    refused("probe.py", "--equivariance", "other.ckpt", "--images", 10, "--per-image", 10, "--pairs", 20, cwd=tmp_path,
-            code=1, says="do not fit the model of vte_ba")
+    refused("equivariance.py", "other.ckpt", "--images", 10, "--per-image", 10, "--pairs", 20, cwd=tmp_path, code=1,
+            says="do not fit the VTEBarberAgakov")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -492,7 +539,7 @@ def test_too_few_images_and_foreign_weights_are_one_sentence(tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    monkeypatch.syspath_prepend(str(ROOT / "study"))
     import figures
 
     return figures
@@ -502,7 +549,7 @@ def test_the_region_that_is_seen_is_where_the_corners_read(figures):
     for size in (32, 8):
         _, corners = sample_corners(50, size, torch.Generator().manual_seed(0))
         coefficients = coefficients_from_corners(corners, size)
-        seen = figures.seen_region(probe.transformation_target(coefficients, size), size)
+        seen = figures.seen_region(transformation_target(coefficients, size), size)
         a, b, c, d, e, f, g, h = coefficients.unbind(1)
         for number, (x, y) in enumerate([(0, 0), (size, 0), (size, size), (0, size)]):
             u, v = (a * x + b * y + c) / (g * x + h * y + 1), (d * x + e * y + f) / (g * x + h * y + 1)
@@ -535,7 +582,8 @@ def test_the_pictures_are_drawn_and_refuse_what_they_cannot_draw(figures, measur
         monkeypatch.setattr("sys.argv", ["figures.py", name, *flags, "--output", f"{name}.png"])
         figures.main()
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    refused("results/figures.py", "ranks", "rows.json", "--transformations", "colour", cwd=folder, code=1,
+    refused("study/figures.py", "ranks", "rows.json", "--transformations", "colour", cwd=folder, code=1,
             says="holds no retrieval under colour transformations")
-    refused("results/figures.py", "ranks", "page.md", cwd=folder, code=1, says="is no file that probe.py")
-    refused("results/figures.py", "decoded", "ba.ckpt", cwd=folder, code=1, says="decodes no transformation")
+    refused("study/figures.py", "ranks", "page.md", cwd=folder, code=1,
+            says="is no file that --json of probe.py or equivariance.py wrote")
+    refused("study/figures.py", "decoded", "ba.ckpt", cwd=folder, code=1, says="decodes no transformation")

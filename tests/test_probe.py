@@ -1,15 +1,23 @@
 """The probe: its subsets, its classifiers on representations with known answers, its rows."""
 
+import json
+import shutil
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 
 import probe
-from common import NIN, UserError
-from probe import Representation, balanced_subset, choose_subsets, errors_of
+from common import NIN, UserError, save_checkpoint
+from predictive_transform import PredictiveTransform
+from probe import Representation, Settings, balanced_subset, choose_subsets, errors_of
+
+SETTINGS = Settings(passes=5, seed=0, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def planted(separation, noise_logvar, n=600, classes=3, dimensions=8, features="sample", seed=0):
@@ -22,10 +30,8 @@ def planted(separation, noise_logvar, n=600, classes=3, dimensions=8, features="
     return Representation("a.ckpt", "planted", features, train, test), labels[:n], labels[n:]
 
 
-def run(classifier, representation, train_labels, test_labels, passes=5):
-    index = torch.arange(len(train_labels))
-    return errors_of(classifier, representation, index, train_labels, test_labels, passes, 0, torch.device("cpu"),
-                     torch.float32)()
+def run(classifier, representation, train_labels, test_labels):
+    return errors_of(classifier, representation, torch.arange(len(train_labels)), train_labels, test_labels, SETTINGS)()
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +73,8 @@ def test_linear_is_full_batch_lbfgs_with_the_weight_that_validates_best(monkeypa
     representation, labels, test_labels = planted(0.25, -20.0, n=300, features="mu")
     train, truth = representation.mu["train"].double().numpy(), labels.numpy()
     test = representation.mu["test"].double().numpy()
-    fit, held_out = probe.split_labels(truth, 0)
-    assert sorted([*fit, *held_out]) == list(range(300)) and np.bincount(truth[held_out]).tolist() == [20, 20, 20]
+    fit, held_out = train_test_split(np.arange(300), test_size=60, stratify=truth, random_state=0)
+    assert np.bincount(truth[held_out]).tolist() == [20, 20, 20]
 
     def predictor(features, target, weight):
         def objective(flat):
@@ -92,6 +98,34 @@ def test_linear_is_full_batch_lbfgs_with_the_weight_that_validates_best(monkeypa
     assert expected < 0.6 and len(set(wrong)) > 1
 
 
+@pytest.mark.parametrize("images_of, held_out_of", [
+    ([50, 30, 20], [10, 6, 4]), ([2, 2, 2], [1, 1, 1]), ([30, 1, 20], [6, 0, 4]), ([3, 0, 4], [1, 0, 1])])
+def test_a_fifth_of_each_class_is_held_out_and_a_class_of_one_image_is_fitted(images_of, held_out_of, monkeypatch):
+    labels = torch.arange(3).repeat_interleave(torch.tensor(images_of))
+    fits, validated = [], []
+
+    class Recorder:
+        def __init__(self, **settings):
+            pass
+
+        def set_params(self, **settings):
+            return self
+
+        def fit(self, features, labels):
+            fits.append(features[:, 0].tolist())
+            return self
+
+        def predict(self, features):
+            validated.append(features[:, 0].astype(int).tolist())
+            return np.zeros(len(features), dtype=int)
+
+    monkeypatch.setattr(probe, "LogisticRegression", Recorder)
+    numbered = torch.arange(float(len(labels)))[:, None]
+    run("linear", Representation("a.ckpt", "planted", "mu", (numbered, None), (numbered, None)), labels, labels)
+    assert labels[validated[0]].bincount(minlength=3).tolist() == held_out_of
+    assert sorted([*fits[0], *validated[0]]) == fits[-1] == list(range(len(labels)))  # all, for the last fit
+
+
 def test_a_strong_weight_is_chosen_where_features_are_noise():
     """40 labels, 200 useless dimensions and a weak one: without the L2 weight the classifier overfits."""
     generator = torch.Generator().manual_seed(0)
@@ -100,10 +134,8 @@ def test_a_strong_weight_is_chosen_where_features_are_noise():
     features[:, 0] = 3 * (2 * labels - 1) + torch.randn(2000, generator=generator)
     representation = Representation("a.ckpt", "planted", "mu", (features[:400], None), (features[400:], None))
     index = torch.arange(80)
-    chosen = errors_of("linear", representation, index, labels[:400], labels[400:], 1, 0, torch.device("cpu"),
-                       torch.float32)()[0]
-    logistic = errors_of("logistic", representation, index, labels[:400], labels[400:], 1, 0, torch.device("cpu"),
-                         torch.float32)()[0]
+    chosen, logistic = (errors_of(classifier, representation, index, labels[:400], labels[400:], SETTINGS)()[0]
+                        for classifier in ("linear", "logistic"))
     assert chosen < min(0.1, logistic)
 
 
@@ -124,6 +156,7 @@ def test_balanced_subsets():
     assert balanced_subset(labels, 2, seed=0) is None  # not one of each
     assert balanced_subset(labels, 100, seed=0).tolist() == list(range(100))  # all there is
     assert not torch.equal(balanced_subset(labels, 30, seed=1).sort().values, thirty.sort().values)
+    assert (2 * labels)[balanced_subset(2 * labels, 7, seed=0)].bincount().tolist() == [3, 0, 2, 0, 2]  # 1, 3: empty
 
 
 def test_sizes_that_the_data_cannot_give_are_left_out_with_a_note():
@@ -178,27 +211,49 @@ def test_broken_weights_are_named():
         Representation("a.ckpt", "vte_ba", "sample", (mu, mu + 1000), (mu, mu))
 
 
+ROW = {"checkpoint": "a.ckpt", "method": "stl", "features": None, "classifier": "linear", "error_mean": 0.25,
+       "error_std": 0.0, "passes": 1}
+
+
 def test_a_cell_that_was_left_out_is_empty_in_both_tables(tmp_path, capsys):
-    row = {"checkpoint": "a.ckpt", "method": "stl", "features": None, "classifier": "linear", "error_mean": 0.25,
-           "error_std": 0.0, "passes": 1}
-    rows = [{**row, "train_size": 500, "label": ("stl (a.ckpt)", "")},
-            {**row, "train_size": 5000, "label": ("stl (a.ckpt)", "")},
-            {**row, "train_size": 500, "label": ("raw pixels", "")}]
-    probe.print_tables(rows, ["a note"])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "raw pixels" in line]
-    assert line.split() == ["raw", "pixels", "-", "0.250"]
-    probe.write_markdown(rows, ["a note"], tmp_path / "a.md")
-    assert "| raw pixels |  |  | 0.250 |" in (tmp_path / "a.md").read_text()
+    rows = [{**ROW, "train_size": 500}, {**ROW, "train_size": 5000, "error_std": 0.01, "passes": 2},
+            {**ROW, "train_size": 500, "checkpoint": None, "method": "raw pixels"}]
+    tables = probe.make_tables(rows)
+    probe.print_tables(tables, ["a note"])
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if "raw pixels" in line]
+    assert [cell.strip() for cell in line.split("|")] == ["", "raw pixels", "", "", "0.250", ""]
+    assert len({len(line) for line in shown.splitlines() if line.startswith("|")}) == 1  # columns are aligned
+    probe.write_markdown(tables, ["a note"], tmp_path / "a.md")
+    page = (tmp_path / "a.md").read_text()
+    assert "| raw pixels |  |  | 0.250 |" in page and "| stl (a.ckpt) |  | 0.250 ± 0.010 | 0.250 |" in page
+    assert "- a note" in page
+
+
+def test_what_json_holds_is_read_again_and_the_older_list_too(tmp_path):
+    rows, path = [{**ROW, "train_size": size} for size in (500, 50)], tmp_path / "rows.json"
+    probe.write_json(rows, path, {"commit": "abc"})
+    assert json.loads(path.read_text()) == {"made_with": {"commit": "abc"}, "rows": rows}
+    assert path.read_text().count("\n") == 5  # one row a line
+    assert probe.read_rows(path) == rows
+    path.write_text(json.dumps(rows))
+    assert probe.read_rows(path) == rows
+    for wrong in ("{", "{}", "3", "[3]", '[{"loss": 1}]', '{"rows": 3}', '"rows"', '{"rows": null}', '["method"]'):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="is no file that --json of probe.py or equivariance.py wrote"):
+            probe.read_rows(path)
+    with pytest.raises(UserError, match="none.json' is no file"):
+        probe.read_rows(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("neighbours, classes", [(5, 10), (4, 2), (2, 7), (1, 3)])
 def test_neighbours_on_the_device_vote_as_scikit_learns_do(neighbours, classes):
-    """Even numbers of neighbours and few classes make many tied votes; chunks of 3 queries."""
+    """Even numbers of neighbours and few classes make many tied votes."""
     generator = torch.Generator().manual_seed(0)
-    train, queries = (100 + torch.randn(n, 6, generator=generator) for n in (300, 200))  # far from the origin
+    train, queries = (100 + torch.randn(n, 6, generator=generator) for n in (300, 1200))  # far from the origin
     labels = torch.randint(0, classes, (300,), generator=generator)
     expected = KNeighborsClassifier(neighbours, algorithm="brute").fit(train.numpy(), labels.numpy())
-    found = probe.vote_of_nearest(train, labels, queries, neighbours, pairs=900)
+    found = probe.vote_of_nearest(train, labels, queries, neighbours)
     assert (found.numpy() == expected.predict(queries.numpy())).all()
 
 
@@ -239,3 +294,85 @@ def test_finetuning_learns_and_leaves_the_encoder_alone(monkeypatch):
     (frozen,) = run("mlp", representation, labels, test_labels)
     assert error < 0.1 and frozen > 0.6
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def make_folder(folder, classes=("cat", "dog", "eel"), n=6):
+    """Pictures of 8 pixels, a grey level for each class."""
+    for split in ("train", "test"):
+        for number, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(n):
+                grey = np.full((8, 8, 3), 80 * number + 5 * i, dtype=np.uint8)
+                Image.fromarray(grey).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def untrained(path, **config):
+    torch.manual_seed(0)
+    model = PredictiveTransform(NIN(8))
+    config = {"encoder": "nin", "image_size": 8, "dataset": "digits", "mean": [0.5] * 3, "std": [0.3] * 3, **config}
+    save_checkpoint(path, "predictive_transform", config, model, torch.optim.SGD(model.parameters(), 0.1), 1, {})
+
+
+def command(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, flags)])
+    return probe.parse_args()
+
+
+def test_an_empty_class_is_named_once_and_is_no_chance(tmp_path, monkeypatch):
+    make_folder(tmp_path / "pets")
+    untrained(tmp_path / "a.ckpt", dataset=str(tmp_path / "pets"))
+    args = command(monkeypatch, tmp_path / "a.ckpt", "--classifiers", "knn", "linear", "--train-sizes", 12, 4, 2)
+    shutil.rmtree(tmp_path / "pets" / "train" / "dog")
+    (tmp_path / "pets" / "train" / "dog").mkdir()  # a folder, and nothing in it
+    rows, _, notes = probe.probe(args, torch.device("cpu"))
+    assert {(row["classifier"], row["train_size"]) for row in rows} == {
+        ("knn", 12), ("knn", 4), ("knn", 2), ("linear", 12), ("linear", 4)}
+    (note,) = [note for note in notes if "dog" in note]
+    assert "no training image is of dog" in note and "its test images, 6, count as errors" in note
+    assert "on the 18 test images" in notes[0] and "chance is 0.500" in notes[0]
+    pixels = next(row for row in rows if row["method"] == "raw pixels" and row["classifier"] == "knn")
+    assert pixels["train_size"] == 12 and pixels["error_mean"] == pytest.approx(1 / 3)  # the dogs
+
+
+def test_a_data_set_that_is_not_where_it_was_trained_on_is_one_sentence(tmp_path, monkeypatch):
+    untrained(tmp_path / "a.ckpt", dataset="data/pets")
+    args = command(monkeypatch, tmp_path / "a.ckpt", "--classifiers", "knn", "--train-sizes", 6)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no folder 'data/pets' here.*a.ckpt.*--dataset DIR gives another") as error:
+        probe.probe(args, torch.device("cpu"))
+    assert error.value.exit_code == 2
+    make_folder(tmp_path / "data" / "pets")
+    rows, tables, notes = probe.probe(args, torch.device("cpu"))
+    assert len(rows) == 5 and [table.title for table in tables] == ["k-NN"]
+    shutil.move(tmp_path / "data" / "pets", tmp_path / "moved")
+    args.dataset = str(tmp_path / "moved")
+    again, _, _ = probe.probe(args, torch.device("cpu"))
+    assert [row["error_mean"] for row in again] == [row["error_mean"] for row in rows]
+
+
+def test_what_the_numbers_are_is_said_once(tmp_path, monkeypatch, capsys):
+    untrained(tmp_path / "a.ckpt")
+    args = command(monkeypatch, tmp_path / "a.ckpt", "--classifiers", "knn", "--train-sizes", 20, "--passes", 2,
+                   "--json", tmp_path / "a.json")
+    probe.run_evaluation(args, probe.probe)
+    shown = capsys.readouterr().out
+    for said in ("numbers are error rates on the 355 test images of digits; chance is 0.900", "mu: the mean of z",
+                 "z sampled: drawn from N(mu, sigma²)", "k-NN: K = 5", "over 2 passes", "seed 0"):
+        assert shown.count(said) == 1, said
+    assert "before mu" not in shown  # no row has it
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["made_with"]["seconds"] > 0 and written["made_with"]["gpu"] is None
+    assert {"command", "processor", "threads", "python", "torch", "commit"} < written["made_with"].keys()
+    assert len(written["rows"]) == 5 and list(written["rows"][0]) == [
+        "checkpoint", "method", "features", "classifier", "train_size", "error_mean", "error_std", "passes", "seed",
+        "dataset", "mean_per_class"]
+
+
+def test_equivariance_is_another_command(monkeypatch):
+    with pytest.raises(UserError, match="python equivariance.py 'my pt.ckpt' --images 20") as error:
+        command(monkeypatch, "--equivariance", "my pt.ckpt", "--images", 20)
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
