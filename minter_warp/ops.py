@@ -8,12 +8,15 @@ from minter_warp.reference import projective_warp_reference, warp_batch_referenc
 
 try:
     import minter_warp._C as _C  # registers torch.ops.minter.warp
+
+    why_not_compiled = None
 except ImportError as error:
     _C, why_not_compiled = None, str(error)
 
 
 def build_info():
-    """How the compiled part was built: compiler, torch, cuda_architectures (None: without CUDA). None: it is not."""
+    """How the compiled part was built: a dict of compiler, torch and cuda_architectures (None: without CUDA). Returns
+    None where there is no compiled part."""
     return None if _C is None else _C.build_info()
 
 
@@ -21,7 +24,7 @@ CUDA_ARCHITECTURES = None if _C is None else _C.build_info()["cuda_architectures
 
 
 def compiled_for(images):
-    """Whether the compiled warp takes these images; where it does not, a warning says so."""
+    """Whether the compiled warp takes these images. Where it does not, a warning says why."""
     how = "`pip install --no-build-isolation -e .` in minTER's folder builds it"
     if _C is None:
         missing = f"the compiled warp is not built, the slower PyTorch reference is used ({why_not_compiled})"
@@ -34,8 +37,15 @@ def compiled_for(images):
     return False
 
 
+def differentiated(*tensors):
+    """Whether a derivative with respect to one of the tensors (or None) can be asked for, in either direction."""
+    forwards = torch.autograd.forward_ad._current_level >= 0
+    backwards = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return forwards or backwards
+
+
 def check_out(out, shape, dtypes, inputs):
-    """Raises TypeError or ValueError unless a warp's result may be written into `out`, of one of dtypes."""
+    """Raises TypeError or ValueError unless the result, of shape and one of dtypes, can be written into `out`."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out must be a tensor, not {type(out).__name__}")
     negative = not torch.compiler.is_compiling() and out.is_neg()  # which a compiled graph cannot ask
@@ -44,23 +54,28 @@ def check_out(out, shape, dtypes, inputs):
         types = " or ".join(map(str, dtypes))
         raise ValueError(f"out must be contiguous, {tuple(shape)} {types} on {inputs[0].device}, not "
                          f"{tuple(out.shape)} {out.dtype} on {out.device}{', a negative view' if negative else ''}")
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*inputs, out)):
+    if differentiated(*inputs, out):
         raise ValueError("a warp into out has no gradient: omit out, or detach the tensors")
 
 
 def projective_warp(images, coefficients, fill=128.0, out=None):
     """Warps each image by its own projective map, as PIL's Image.transform(PERSPECTIVE, BILINEAR, fillcolor) does.
 
-    images: (N, C, H, W), uint8 or float32 (float64 also; half types are computed in float32), any strides.
-    coefficients: (N, 8), (a, b, c, d, e, f, g, h) with u = (ax + by + c) / (gx + hy + 1) and
-    v = (dx + ey + f) / (gx + hy + 1), from the centre (x, y) of an output pixel to the point (u, v) read; pixel centres
-    at + 0.5. fill: value outside the image. out: contiguous tensor to write into and return; None for a new one (on the
-    CPU one of more than 32 MiB lies in memory that is reused, and cannot be resized in place). Returns the type and
-    shape of images, contiguous; without out differentiable once, backwards, with respect to float images and the
-    coefficients (torch.func.jvp sees a constant). float64 decides which pixels are filled; up to 256 pixels a side
-    points are otherwise float32, and uint8 images blend in fixed point, 1 / 32768 of a pixel: within 0.02 grey levels
-    of the float64 reference on the CPU (.015 measured, on a chequerboard); on CUDA, not measured yet, the tests allow
-    0.03. Raises ValueError and TypeError, and RuntimeError for more elements than there is memory for.
+    images: (N, C, H, W), uint8 or float32, with any strides. float64 works too; float16 and bfloat16 are computed in
+    float32. coefficients: (N, 8) floats (a, b, c, d, e, f, g, h), the map from output to input. The output pixel with
+    its centre at (x, y) reads the point u = (a x + b y + c) / (g x + h y + 1), v = (d x + e y + f) / (g x + h y + 1).
+    All four are in pixels, and pixel centres lie at + 0.5. fill: value outside the image. out: contiguous tensor that
+    the result is written into; None makes a new one. A new one of more than 32 MiB on the CPU lies in memory that is
+    reused, and cannot be resized in place.
+
+    Returns (N, C, H, W) of the type of images, contiguous. Differentiable once with respect to float images and
+    coefficients, unless out is given: backwards, and under torch.func.grad, vjp, jacrev and vmap (one call an item).
+    Forward-mode and second derivatives raise; `projective_warp_reference` has them.
+
+    float64 decides which pixels are filled. Elsewhere points are float32 for images of up to 256 pixels a side, and
+    uint8 images blend in fixed point, in steps of 1 / 32768 pixel. The CPU stays within 0.02 grey levels of the float64
+    reference (0.015 measured, on a chequerboard); on CUDA the tests allow 0.03. Raises ValueError for shapes and
+    devices that do not fit, TypeError for types, RuntimeError where memory does not suffice.
     """
     if not isinstance(images, torch.Tensor) or not isinstance(coefficients, torch.Tensor):
         raise TypeError(f"projective_warp takes tensors, not {type(images).__name__} and {type(coefficients).__name__}")
@@ -90,13 +105,15 @@ def warp_batch(images, index, crops=None, coefficients=None, scale=None, shift=N
                window=None, out=None):
     """What a training step needs, in one pass over the output: take, crop and flip, warp, normalise.
 
-    images: the data set, (M, C, H, W) uint8 (float32 also). index: (N,) int64, which images. crops: (N, 3) int64 from
-    `sample_crops`, or None. coefficients: (N, 8), or None for no warp. scale, shift: (C,) float32 from `normalization`,
-    output = value * scale + shift. dtype: float32 or bfloat16 (or uint8, rounded, without scale and shift). window:
-    (N, 4) int64 rows (top, left, height, width), all that the warp sees of each cropped and flipped image, in whose
-    coordinates it stays; None for everything. out: as for `projective_warp`, its type in place of dtype. Returns
-    (N, C, H, W). Raises ValueError, TypeError and RuntimeError for arguments that do not fit. An index out of range
-    raises on the CPU; on CUDA the compiled form, which would have to wait for it, makes that image NaN.
+    images: the data set, (M, C, H, W) uint8 or float32. index: (N,) int64, which images. crops: (N, 3) int64 from
+    `sample_crops`, or None. coefficients: (N, 8) as for `projective_warp`, or None for no warp. scale, shift: (C,)
+    float32 from `normalization`: output = value * scale + shift. dtype: float32 or bfloat16, or uint8 (rounded) without
+    scale and shift. fill: value outside the image, before scale and shift. window: (N, 4) int64 rows (top, left,
+    height, width), what the warp sees of each cropped and flipped image; coordinates stay those of the image. None: all
+    of it. out: as for `projective_warp`; its type replaces dtype.
+
+    Returns (N, C, H, W) of dtype. Raises ValueError, TypeError and RuntimeError for arguments that do not fit. An index
+    out of range raises on the CPU. On CUDA the compiled form would have to wait for it, so that image is NaN.
     """
     if window is not None and coefficients is None:
         raise ValueError("warp_batch takes a window with coefficients only")
@@ -115,9 +132,10 @@ def warp_batch(images, index, crops=None, coefficients=None, scale=None, shift=N
 
 def _compiled_warp(images, coefficients, index, crops, window, scale, shift, fill, dtype, out):
     if out is None:
-        return torch.ops.minter.warp(images, coefficients, index, crops, window, scale, shift, fill, dtype)
+        warp = Warp.apply if differentiated(images, coefficients, scale, shift) else torch.ops.minter.warp
+        return warp(images, coefficients, index, crops, window, scale, shift, fill, dtype)
     torch.ops.minter.warp_out(images, coefficients, index, crops, window, scale, shift, fill, out)
-    torch.autograd.graph.increment_version(out)  # a gradient that needs the former values is refused, not wrong
+    torch.autograd.graph.increment_version(out)  # autograd refuses a gradient that needs the former values
     return out
 
 
@@ -153,7 +171,7 @@ if _C is not None:
         images, coefficients, index, crop, window, scale = ctx.saved_tensors
         real = torch.float64 if images.dtype == torch.float64 else torch.float32
         need_images, need_coefficients = ctx.needs_input_grad[:2]
-        grad_images, grad_coefficients = torch.ops.minter.warp_backward(
+        grad_images, grad_coefficients = WarpBackward.apply(
             grad.to(real).contiguous(), images, coefficients, index, crop, window, scale, need_images,
             need_coefficients)
         return (grad_images if need_images else None,
@@ -165,3 +183,26 @@ if _C is not None:
 
     torch.library.register_autograd("minter::warp", _warp_backward, setup_context=_save_for_backward)
     torch.library.register_autograd("minter::warp_backward", _no_second_derivative)
+
+    class Warp(torch.autograd.Function):
+        """The operator and its gradient once more: torch.func refuses, and forward mode ignores, those above."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(images, coefficients, index, crop, window, scale, shift, fill, dtype):
+            return torch.ops.minter.warp(images, coefficients, index, crop, window, scale, shift, fill, dtype)
+
+        setup_context = staticmethod(_save_for_backward)
+        backward = staticmethod(_warp_backward)
+
+    class WarpBackward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(grad, images, coefficients, index, crop, window, scale, images_needed, coefficients_needed):
+            return torch.ops.minter.warp_backward(
+                grad, images, coefficients, index, crop, window, scale, images_needed, coefficients_needed)
+
+        setup_context = staticmethod(lambda ctx, inputs, output: None)
+        backward = staticmethod(_no_second_derivative)

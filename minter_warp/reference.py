@@ -1,10 +1,14 @@
-"""The warp in plain PyTorch: the test oracle, and what does the work where the compiled part is not built."""
+"""The warp in plain PyTorch: what the tests compare with, and what does the work where nothing is compiled."""
 
 import torch
 
 
 def projective_warp_reference(images, coefficients, fill=128.0, window=None):
-    """`projective_warp` with points in float64, differentiable, on any device. window: as for `warp_batch`."""
+    """`projective_warp` with points in float64, on any device, differentiable in both modes any number of times.
+
+    images, coefficients, fill: as for `projective_warp`. window: as for `warp_batch`. Where the denominator is 0
+    no point is read: the value is the fill, and its gradients are 0.
+    """
     n, channels, height, width = images.shape
     a, b, c, d, e, f, g, h = coefficients.double().reshape(n, 8, 1, 1).unbind(1)
     x = torch.arange(width, device=images.device, dtype=torch.float64) + 0.5  # (W,)
@@ -36,13 +40,14 @@ def projective_warp_reference(images, coefficients, fill=128.0, window=None):
 
 
 def crop_and_flip_reference(images, crops):
-    """Shifted views with black (0) beyond the border, then flipped: (N, C, H, W), (N, 3) -> (N, C, H, W)."""
+    """Shifted views with black (0) beyond the border, then flipped: (N, C, H, W), (N, 3) -> (N, C, H, W). crops: rows
+    from `sample_crops`."""
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device) + crops[:, :1]  # (N, H)
-    columns = torch.arange(width, device=images.device).expand(len(crops), -1)
+    columns = torch.arange(width, device=images.device).expand(crops.shape[0], -1)
     columns = torch.where(crops[:, 2:] != 0, width - 1 - columns, columns) + crops[:, 1:2]  # (N, W)
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
-    n = torch.arange(len(images), device=images.device)[:, None, None]
+    n = torch.arange(images.shape[0], device=images.device)[:, None, None]
     views = images.movedim(1, 3)[n, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]]
     return torch.where(inside[:, None], views.movedim(3, 1), torch.zeros((), dtype=images.dtype, device=images.device))
 

@@ -1,15 +1,15 @@
-"""The projective family of transformations: how they are drawn, and the numbers that name them."""
+"""The projective family of transformations: drawn at random, as coefficients for the warp and as regression targets."""
 
 import torch
 
 
 def coefficients_from_corners(corners, size):
-    """The perspective coefficients under which an image's corners come to lie at `corners`.
+    """The coefficients of the map that moves an image's corners to `corners`.
 
     corners: (N, 4, 2) float64, (x, y) in pixels, where the top left, top right, bottom right and bottom left corner of
-    the image go. size: side in pixels, or (height, width). Returns (N, 8) float64: the map from output to input, in the
-    convention of `projective_warp`. Closed form: the map of the unit square to a quadrilateral (Heckbert 1989, 2.2.3),
-    inverted by its adjugate.
+    the image go. size: side in pixels, or (height, width). Returns (N, 8) float64 for `projective_warp`: the map from
+    output to input. Closed form: the map of the unit square to a quadrilateral (Heckbert 1989, section 2.2.3), inverted
+    by its adjugate. Three corners on one line give infinities or NaN.
     """
     height, width = (size, size) if isinstance(size, int) else size
     (x0, x1, x2, x3), (y0, y1, y2, y3) = corners[..., 0].unbind(-1), corners[..., 1].unbind(-1)
@@ -25,13 +25,37 @@ def coefficients_from_corners(corners, size):
     return torch.cat([to_x, to_y, to_w], -1) / (a * e - b * d)[..., None]
 
 
-def sample_corners(n, size, generator=None):
-    """Random projective transformations as AVT and VTE draw them: the corners are scaled about the centre by
-    U(0.8, 1.2), rotated by 0, 90, 180 or 270 degrees, and each is then moved by an integer in [-4, 4] pixels of a
-    32-pixel image on either axis. The centre is size / 2 (AVT's code adds half a pixel).
+def coefficients_from_matrices(matrices):
+    """Matrices of cv2.warpPerspective and kornia.geometry.warp_perspective -> coefficients for `projective_warp`.
 
-    size: side in pixels, or (height, width); the shifts grow with it. generator: its device is where all is drawn.
-    Returns quarter_turns (n,) int64, 0 to 3, and corners (n, 4, 2) float64, for `coefficients_from_corners`.
+    matrices: (N, 3, 3) floats. They map input to output, (x, y, 1) to a multiple of (x', y', 1), in pixels with centres
+    at whole numbers. Returns (N, 8) of their type: the map from output to input, with centres at + 0.5.
+
+    Raises ValueError for another shape or type, for a matrix without an inverse, and for one whose inverse maps the
+    output's corner (0, 0) to infinity: coefficients have 1 there, not 0.
+    """
+    if matrices.dim() != 3 or matrices.shape[1:] != (3, 3) or not matrices.is_floating_point():
+        raise ValueError(f"coefficients_from_matrices takes (N, 3, 3) floats, not {tuple(matrices.shape)} "
+                         f"{matrices.dtype}")
+    centre = torch.eye(3, dtype=torch.float64, device=matrices.device)
+    centre[:2, 2] = 0.5  # whole-number centres to + 0.5
+    inverse, failed = torch.linalg.inv_ex(centre @ matrices.double() @ centre.inverse())
+    last = inverse[:, 2:, 2:]
+    if failed.any() or not inverse.isfinite().all() or (last == 0).any():
+        raise ValueError("a matrix has no inverse, or its inverse maps the corner (0, 0) to infinity")
+    return (inverse / last).flatten(1)[:, :8].to(matrices.dtype)
+
+
+def sample_corners(n, size, generator=None):
+    """Where n random projective transformations move the corners of an image, drawn as AVT and VTE draw them.
+
+    The corners are scaled about the centre by U(0.8, 1.2) and rotated by 0, 90, 180 or 270 degrees. Each is then
+    shifted on either axis by an integer in [-4, 4], in pixels of a 32-pixel image: shifts grow with the image. The
+    centre is size / 2 (AVT's code adds half a pixel).
+
+    size: side in pixels, or (height, width). generator: everything is drawn with it, on its device; None for the
+    default one. Returns quarter_turns (n,) int64, 0 to 3, and corners (n, 4, 2) float64, (x, y) in pixels, for
+    `coefficients_from_corners`.
     """
     height, width = (size, size) if isinstance(size, int) else size
     draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
@@ -47,15 +71,18 @@ def sample_corners(n, size, generator=None):
 
 
 def sample_coefficients(n, size, generator=None):
-    """(n, 8) float32 coefficients of random transformations (`sample_corners`), for `projective_warp`, on the
-    generator's device. size: side in pixels, or (height, width)."""
+    """The coefficients of n random transformations, drawn by `sample_corners`: (n, 8) float32 for `projective_warp`, on
+    the generator's device. size: side in pixels, or (height, width)."""
     _, corners = sample_corners(n, size, generator)
     return coefficients_from_corners(corners, size).float()
 
 
 def transformation_target(coefficients, size):
-    """What the decoders regress: the coefficients, centred and scaled. (N, 8) -> (N, 8); at 32 x 32 the divisors are
-    those of AVT, and at any other size they scale so that the distribution stays the same."""
+    """What the decoders regress: the coefficients, centred and scaled, (N, 8) -> (N, 8). At 32 x 32 the divisors are
+    AVT's. At other sizes they scale with the image, so that the targets have the same distribution.
+
+    size: side in pixels, or (height, width).
+    """
     height, width = (size, size) if isinstance(size, int) else size
     a, b, c, d, e, f, g, h = coefficients.unbind(-1)
     c, f = (c - width / 2) / (20 * width / 32), (f - height / 2) / (20 * height / 32)
@@ -64,42 +91,30 @@ def transformation_target(coefficients, size):
 
 
 def sample_crops(n, size, generator=None):
-    """RandomCrop(size, padding=size / 8) and a random horizontal flip: (n, 3) int64 rows (rows down, columns right,
-    flip) for `warp_batch`, on the generator's device."""
+    """torchvision's RandomCrop(size, padding=size / 8) and RandomHorizontalFlip: (n, 3) int64 for `warp_batch`, on the
+    generator's device. A row is (pixels down, pixels right, flip 0 or 1); black lies beyond the border. size: side in
+    pixels."""
     draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
     shift = torch.randint(-(size // 8), size // 8 + 1, (n, 2), **draw)
     return torch.cat([shift, torch.randint(0, 2, (n, 1), **draw)], 1)
 
 
-def coefficients_from_matrices(matrices):
-    """(N, 3, 3) matrices as cv2.warpPerspective and kornia.geometry.warp_perspective take them -> (N, 8) coefficients.
-
-    Theirs map input to output and have pixel centres at whole numbers; `projective_warp`'s map output to input, with
-    centres at + 0.5. Returns the matrices' type. Raises ValueError for a matrix without an inverse, or one whose
-    inverse takes the output's origin to infinity, which no coefficients can say.
-    """
-    if matrices.dim() != 3 or matrices.shape[1:] != (3, 3) or not matrices.is_floating_point():
-        raise ValueError(f"coefficients_from_matrices takes (N, 3, 3) floats, not {tuple(matrices.shape)} "
-                         f"{matrices.dtype}")
-    centre = torch.eye(3, dtype=torch.float64, device=matrices.device)
-    centre[:2, 2] = 0.5  # whole-number centres to + 0.5
-    inverse, failed = torch.linalg.inv_ex(centre @ matrices.double() @ centre.inverse())
-    last = inverse[:, 2:, 2:]
-    if failed.any() or not inverse.isfinite().all() or (last == 0).any():
-        raise ValueError("a matrix has no inverse, or its inverse takes the output's origin to infinity")
-    return (inverse / last).flatten(1)[:, :8].to(matrices.dtype)
-
-
 def normalization(mean, std, device="cpu"):
-    """(scale, shift) for `warp_batch`, each (C,) float32: grey levels 0..255 to (value / 255 - mean) / std."""
+    """(scale, shift) for `warp_batch`, which map grey levels 0..255 to (value / 255 - mean) / std.
+
+    mean, std: C numbers each, of images in [0, 1]. Returns two (C,) float32 tensors on device.
+    """
     mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
 def reference_errors(size=32, n=2**20):
-    """The squared error, summed over the 8 targets, of two predictors that have learned nothing of interest: the mean
-    of all transformations, and the mean of those with the right rotation. From n draws of `sample_corners`, which are
-    always the same. size: side in pixels. Returns {"constant_predictor": float, "rotation_only": float}."""
+    """The transformation's squared error, summed over the 8 targets, for two predictors that have learned little.
+
+    constant_predictor gives the mean of all targets. rotation_only knows the rotation, and gives the mean of the
+    targets that have it. size: side in pixels, or (height, width). n: number of draws, always the same ones. Returns a
+    dict of two floats.
+    """
     quarter_turns, corners = sample_corners(n, size, torch.Generator().manual_seed(0))
     t = transformation_target(coefficients_from_corners(corners, size), size)  # (n, 8) float64
 

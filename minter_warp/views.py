@@ -1,5 +1,5 @@
-"""STL's family of transformations: what a pair of images shares (resized crop, colour jitter, grayscale, AugMix), and what
-each image has of its own (flip, blur). Drawn in closed form, applied to whole batches."""
+"""STL's family of transformations. A pair of images shares its resized crop, colour jitter, grayscale and AugMix; each
+image has its own flip and blur. All are drawn in closed form and applied to whole batches."""
 
 import math
 
