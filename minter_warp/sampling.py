@@ -39,9 +39,11 @@ def coefficients_from_matrices(matrices):
                          f"{matrices.dtype}")
     centre = torch.eye(3, dtype=torch.float64, device=matrices.device)
     centre[:2, 2] = 0.5  # whole-number centres to + 0.5
-    inverse, failed = torch.linalg.inv_ex(centre @ matrices.double() @ centre.inverse())
-    last = inverse[:, 2:, 2:]
-    if failed.any() or not inverse.isfinite().all() or (last == 0).any():
+    forward = centre @ matrices.double() @ centre.inverse()
+    inverse, _ = torch.linalg.inv_ex(forward)
+    last, length = inverse[:, 2:, 2:], inverse.norm(dim=(1, 2))
+    rounding = 1e-12  # the inverse of a singular matrix, and what would be 0 in it, are this but for rounding
+    if not ((forward.norm(dim=(1, 2)) * length < 1 / rounding) & (last.abs().flatten() > rounding * length)).all():
         raise ValueError("a matrix has no inverse, or its inverse maps the corner (0, 0) to infinity")
     return (inverse / last).flatten(1)[:, :8].to(matrices.dtype)
 

@@ -16,16 +16,22 @@ import torch
 from PIL import Image
 from torch.autograd import gradcheck
 
-import common
-from common import (
+import minter_warp
+from minter_warp import (
+    coefficients_from_corners,
+    coefficients_from_matrices,
     crop_and_flip_reference,
     normalization,
     projective_warp,
     projective_warp_reference,
+    reference_errors,
     sample_coefficients,
+    sample_corners,
     sample_crops,
+    transformation_target,
     warp_batch,
 )
+from minter_warp.ops import _C
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 IDENTITY = torch.tensor([[1.0, 0, 0, 0, 1, 0, 0, 0]])
@@ -342,16 +348,16 @@ def test_above_256_pixels_points_are_float64(device):
 
 def results_of_targets(make_results):
     """What make_results() returns with each of the processor's instruction sets."""
-    minter_warp, results = common.minter_warp, {}
-    current, *targets = minter_warp.cpu_targets()
+    results = {}
+    current, *targets = _C.cpu_targets()
     assert current in targets and "portable" in targets
     try:
         for target in targets:
-            minter_warp.set_cpu_target(target)
-            assert minter_warp.cpu_targets()[0] == target
+            _C.set_cpu_target(target)
+            assert _C.cpu_targets()[0] == target
             results[target] = make_results()
     finally:
-        minter_warp.set_cpu_target(current)
+        _C.set_cpu_target(current)
     return results
 
 
@@ -366,7 +372,7 @@ def assert_same_bits(results):
 
 def test_every_instruction_set_gives_the_same_bits():
     with pytest.raises(ValueError, match="this processor has no 'mmx'"):
-        common.minter_warp.set_cpu_target("mmx")
+        _C.set_cpu_target("mmx")
 
     def rows():
         for seed in range(150):
@@ -493,10 +499,75 @@ def test_gradient_of_the_training_form_reaches_the_coefficients():
     for built in (True, False):
         c = coefficients.clone().requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common, "compiled_for", lambda images, built=built: built)
+            patch.setattr("minter_warp.ops.compiled_for", lambda images, built=built: built)
             (warp_batch(images, index, crops, c, scale, shift) * weights).sum().backward()
         gradients.append(c.grad)
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[1].abs().max()
+
+
+@pytest.mark.parametrize("warp", [projective_warp_reference, projective_warp])
+def test_a_pixel_on_the_horizon_has_no_gradient_and_spoils_none(warp):
+    """g x + 1 is 0 in column 7 of the first image, where the value is the fill."""
+    images = random_images(2, dtype=torch.float64).requires_grad_()
+    coefficients = torch.tensor([[1.0, 0, 0, 0, 1, 0, 0, 0], [1, 0, 0.2, 0, 1, 0.3, 0, 0]], dtype=torch.float64)
+    coefficients[0, 6] = -1 / 7.5
+    coefficients.requires_grad_()
+    warped = warp(images, coefficients)
+    assert (warped[0, :, :, 7] == 128).all()
+    warped.sum().backward()
+    whole = coefficients.grad.clone()
+    assert whole.isfinite().all() and images.grad.isfinite().all() and (whole.abs().sum(1) > 0).all()
+    coefficients.grad = None
+    warp(images, coefficients)[:, :, :, torch.arange(32) != 7].sum().backward()  # without that column
+    assert torch.allclose(coefficients.grad[0], whole[0], rtol=1e-12)
+
+
+FUNCTION_TRANSFORMS = {
+    "grad": lambda f, k: torch.func.grad(lambda k: f(k).sum())(k),
+    "vjp": lambda f, k: torch.func.vjp(f, k)[1](torch.ones_like(f(k)))[0],
+    "jacrev": lambda f, k: torch.func.jacrev(f)(k),
+    "each": lambda f, k: torch.func.vmap(torch.func.grad(lambda row: f(row[None].expand(len(k), 8)).sum()))(k),
+}
+FORWARD = {
+    "jvp": lambda f, k: torch.func.jvp(f, (k,), (torch.ones_like(k),)),
+    "jacfwd": lambda f, k: torch.func.jacfwd(f)(k),
+    "hessian": lambda f, k: torch.func.hessian(lambda k: f(k).sum())(k),
+    "second derivative": lambda f, k: torch.func.jacrev(torch.func.jacrev(lambda k: f(k).sum()))(k),
+    "dual": lambda f, k: dual(f, k),
+    "dual into out": lambda f, k: dual(lambda k: projective_warp(torch.ones(len(k), 1, 4, 4), k, out=torch.empty(
+        len(k), 1, 4, 4)), k),
+}
+
+
+def dual(function, k):
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(k, torch.ones_like(k)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("form", ["projective_warp", "warp_batch"])
+def test_function_transforms_are_the_references_or_raise(form):
+    images, coefficients = (tensor.detach() for tensor in small_problem(torch.float32))
+    index, crops = torch.tensor([2, 0, 1]), sample_crops(3, 4, torch.Generator().manual_seed(0))
+
+    def compiled(k):
+        return projective_warp(images, k) if form == "projective_warp" else warp_batch(images, index, crops, k)
+
+    def reference(k):
+        taken = images if form == "projective_warp" else crop_and_flip_reference(images[index], crops)
+        return projective_warp_reference(taken, k)
+
+    for name, transform in FUNCTION_TRANSFORMS.items():
+        ours, expected = transform(compiled, coefficients), transform(reference, coefficients)
+        assert expected.abs().max() > 1, name
+        assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()), name
+    for name, transform in FORWARD.items():
+        with pytest.raises((RuntimeError, ValueError), match="jvp|no second derivative|has no gradient"):
+            transform(compiled, coefficients)
+            raise AssertionError(name)
+    over_images = torch.func.grad(lambda i: projective_warp(i, coefficients).square().sum())(images)
+    expected = torch.func.grad(lambda i: projective_warp_reference(i, coefficients).square().sum())(images)
+    assert torch.allclose(over_images, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_only_the_gradients_asked_for_and_no_second_derivative():
@@ -534,14 +605,14 @@ def test_out_gets_what_a_new_tensor_would(device):
 def test_an_out_that_does_not_fit_is_refused_and_left_alone():
     images, coefficients = random_images(4), draw(4, 32)
     out = torch.full_like(images, 77)
-    for wrong, message in [(out[:3], "out is to be contiguous, \\(4, 3, 32, 32\\)"), (out.float(), "uint8"),
+    for wrong, message in [(out[:3], "out must be contiguous, \\(4, 3, 32, 32\\)"), (out.float(), "uint8"),
                            (out.transpose(2, 3), "contiguous"), (torch.empty_like(images, device="meta"), "meta"),
                            (out[0], "contiguous")]:
         with pytest.raises(ValueError, match=message):
             projective_warp(images, coefficients, out=wrong)
-    with pytest.raises(TypeError, match="out is to be a tensor, not list"):
+    with pytest.raises(TypeError, match="out must be a tensor, not list"):
         projective_warp(images, coefficients, out=[])
-    with pytest.raises(TypeError, match="out is to be a tensor, not list"):
+    with pytest.raises(TypeError, match="out must be a tensor, not list"):
         warp_batch(images, torch.arange(4), out=[1])
     for wrong in (out.float()[:3], out.long(), out.double(), out.half()):
         with pytest.raises(ValueError, match="float32 or torch.bfloat16 or torch.uint8"):
@@ -583,7 +654,7 @@ def test_an_out_that_shares_memory_with_what_is_read_is_refused():
 
 # ---------------------------------------------------------------------------------------- the memory of large outputs
 
-KEEPS = common.minter_warp is not None and sys.platform == "linux" and not torch.__version__.startswith("2.10.")
+KEEPS = _C is not None and sys.platform == "linux" and not torch.__version__.startswith("2.10.")
 keeping = pytest.mark.skipif(not KEEPS, reason="needs the extension, Linux and torch 2.11")
 COUNT = 700
 LARGE = 3 * 64 * 64 * 4 * COUNT  # bytes of make_large's result, a little more than 32 MiB
@@ -591,8 +662,8 @@ LARGE = 3 * 64 * 64 * 4 * COUNT  # bytes of make_large's result, a little more t
 
 @pytest.fixture
 def kept_memory():
-    """minter_warp.keep_memory, nothing kept before and after."""
-    keep_memory = common.minter_warp.keep_memory
+    """_C.keep_memory, nothing kept before and after."""
+    keep_memory = _C.keep_memory
     limit = keep_memory(0)
     keep_memory(limit)
     yield keep_memory
@@ -784,6 +855,59 @@ def test_compiles_without_a_graph_break_and_runs_under_autocast(device):
         assert projective_warp(images, coefficients).dtype == torch.float32
 
 
+def calls_of_many_sizes():
+    """(function, arguments) of a warp and a training step, at other batch sizes, heights and widths each time."""
+    for n in range(2, 13):
+        size, generator = (14 + n, 30 - n), torch.Generator().manual_seed(n)
+        coefficients = sample_coefficients(n, size, generator)
+        images = torch.rand(n, 3, *size, generator=generator)
+        index, crops = torch.randint(0, 7 + n, (n,), generator=generator), sample_crops(n, 16, generator)
+        stored, normalize = random_images(7 + n, *size), normalization((0.5,) * 3, (0.2,) * 3)
+        yield {"warp": (images, coefficients), "step": (stored, index, crops, coefficients, *normalize)}
+
+
+@pytest.mark.skipif(_C is None, reason="the extension is not built")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ["warp", "step"])
+def test_two_graphs_serve_every_batch_size_height_and_width(name, dynamic, gradient):
+    function, place = {"warp": (projective_warp, 1), "step": (warp_batch, 3)}[name]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for arguments in calls_of_many_sizes():
+        *arguments, gradients = *arguments[name], []
+        for form in (compiled, function):
+            arguments[place] = arguments[place].detach().clone().requires_grad_(gradient)
+            result = form(*arguments)
+            if gradient:
+                result.square().sum().backward()
+                gradients.append(arguments[place].grad)
+        assert torch.equal(compiled(*arguments), function(*arguments))
+        assert not gradient or torch.allclose(*gradients, rtol=1e-4, atol=1e-4 * gradients[1].abs().max().item())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec", "ignore:.*LeafSpec")
+def test_export_with_a_dynamic_batch(strict):
+    class Step(torch.nn.Module):
+        def forward(self, images, index, crops, coefficients):
+            return projective_warp(warp_batch(images, index, crops, coefficients), coefficients)
+
+    batch, stored = torch.export.Dim("batch", min=1, max=512), torch.export.Dim("stored", min=1)
+
+    def arguments(m, n):
+        generator = torch.Generator().manual_seed(n)
+        index = torch.randint(0, m, (n,), generator=generator)
+        return random_images(m), index, sample_crops(n, 32, generator), sample_coefficients(n, 32, generator)
+
+    sizes = ({0: stored}, {0: batch}, {0: batch}, {0: batch})
+    exported = torch.export.export(Step(), arguments(9, 5), dynamic_shapes=sizes, strict=strict).module()
+    for m, n in ((1, 1), (9, 5), (20, 64)):
+        assert torch.equal(exported(*arguments(m, n)), Step()(*arguments(m, n)))
+
+
 # -------------------------------------------------------------------------------------------------- the transformations
 
 
@@ -812,7 +936,61 @@ def test_coefficients_solve_the_8_by_8_system():
             matrix += [[x, y, 1, 0, 0, 0, -X * x, -X * y], [0, 0, 0, x, y, 1, -Y * x, -Y * y]]
             right += [X, Y]
         rows.append(np.linalg.solve(np.array(matrix), np.array(right)))
-    assert np.allclose(common.coefficients_from_corners(moved, size).numpy(), np.array(rows), atol=1e-9)
+    assert np.allclose(coefficients_from_corners(moved, size).numpy(), np.array(rows), atol=1e-9)
+
+
+def warp_by_matrix(image, matrix):
+    """cv2.warpPerspective(image, matrix, flags=INTER_LINEAR), written out: the output at (x, y) is the image, whose
+    pixels lie at whole numbers, at matrix^-1 (x, y, 1). NaN where a neighbour lies outside."""
+    height, width = image.shape[1:]
+    warped = np.full(image.shape, np.nan)
+    for y in range(height):
+        for x in range(width):
+            u, v, w = np.linalg.inv(matrix) @ (x, y, 1)
+            u, v = u / w, v / w
+            left, top = math.floor(u), math.floor(v)
+            if 0 <= left < width - 1 and 0 <= top < height - 1:
+                right, down = u - left, v - top
+                above, below = image[:, top, left : left + 2], image[:, top + 1, left : left + 2]
+                row = above * (1 - down) + below * down  # (C, 2)
+                warped[:, y, x] = row[:, 0] * (1 - right) + row[:, 1] * right
+    return warped
+
+
+def test_matrices_map_input_to_output_with_pixel_centres_at_whole_numbers():
+    image = random_images(1, 10, 13, dtype=torch.float64)
+    shift = torch.tensor([[1.0, 0, 3], [0, 1, 2], [0, 0, 1]])[None]
+    shifted = projective_warp(image, coefficients_from_matrices(shift))
+    assert torch.equal(shifted[..., 2:, 3:], image[..., :-2, :-3])
+    double = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 1]])[None]  # the pixel at (0, 0) stays where it is
+    doubled = projective_warp(image, coefficients_from_matrices(double))
+    assert torch.equal(doubled[..., ::2, ::2], image[..., :5, :7])
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([[0.3, 0.3, 3], [0.3, 0.3, 3], [0.01, 0.01, 0.3]], dtype=torch.float64)
+    matrices = torch.eye(3, dtype=torch.float64) + spread * torch.randn(30, 3, 3, generator=generator).double()
+    warped = projective_warp(image.expand(30, -1, -1, -1), coefficients_from_matrices(matrices)).numpy()
+    expected = np.stack([warp_by_matrix(image[0].numpy(), matrix) for matrix in matrices.numpy()])
+    seen = ~np.isnan(expected)
+    assert seen.mean() > 0.3 and np.abs(warped - expected)[seen].max() < 1e-9
+
+
+def test_matrices_keep_their_type_and_gradient_and_what_is_no_map_is_refused():
+    matrices = torch.eye(3).repeat(2, 1, 1)
+    matrices[:, 2, 2] = 7  # a multiple is the same map
+    coefficients = coefficients_from_matrices(matrices.requires_grad_())
+    assert coefficients.dtype == torch.float32 and coefficients_from_matrices(matrices[:0]).shape == (0, 8)
+    assert torch.allclose(coefficients[:, 0], torch.tensor(7.0))
+    coefficients.sum().backward()
+    assert matrices.grad.isfinite().all() and matrices.grad.abs().sum() > 0
+    for wrong in (torch.eye(3), torch.ones(2, 8), torch.eye(3).long()[None], torch.ones(1, 2, 3)):
+        with pytest.raises(ValueError, match=r"takes \(N, 3, 3\) floats"):
+            coefficients_from_matrices(wrong)
+    # The inverse of the last one maps the corner at (-0.5, -0.5), where pixels lie at whole numbers, to infinity.
+    no_maps = [torch.zeros(3, 3), torch.ones(3, 3), torch.full((3, 3), math.nan), torch.diag(torch.tensor([1.0, 1, 0])),
+               torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0.5]]).inverse()]
+    for wrong in no_maps:
+        with pytest.raises(ValueError, match="no inverse, or its inverse maps the corner"):
+            coefficients_from_matrices(torch.stack([torch.eye(3).to(wrong), wrong]))
 
 
 def test_sampled_transformations_have_the_stated_distribution():
@@ -841,28 +1019,38 @@ def test_sampled_transformations_have_the_stated_distribution():
     assert abs(shifts.var() - 40 / 3) < 0.3
 
 
-def test_yardsticks_of_the_target():
-    n = 100_000
-    target = common.transformation_target(draw(n, 32), 32).double()
-    constant = (target - target.mean(0)).square().sum(1)
-    assert abs(constant.mean() - common.CONSTANT_PREDICTOR_ERROR) < 5 * constant.std() / math.sqrt(n) + 0.005
-    # The rotation is the sign pattern of (a, b): the best predictor that knows only it is the mean within each.
+def test_reference_errors_are_those_of_twenty_million_draws_and_of_the_best_predictors():
+    errors = reference_errors()
+    assert errors["constant_predictor"] == pytest.approx(4.106, rel=0.01)
+    assert errors["rotation_only"] == pytest.approx(0.572, rel=0.01)
+    for size in (96, (28, 40)):  # a size at which shifts are no whole pixels, and one that is not square
+        assert reference_errors(size) == pytest.approx(errors, rel=1e-9)
+    # By hand, from other draws: the rotation is the quarter that (a, b) of the target point to.
+    target = transformation_target(draw(100_000, 32), 32).double()
     turns = (torch.atan2(target[:, 1], target[:, 0]) / (math.pi / 2)).round().long() % 4
-    within = torch.cat([(target[turns == k] - target[turns == k].mean(0)).square().sum(1) for k in range(4)])
-    assert abs(within.mean() - common.ROTATION_PREDICTOR_ERROR) < 5 * within.std() / math.sqrt(n) + 0.0005
+    means = torch.stack([target[turns == k].mean(0) for k in range(4)])
+    assert (target - target.mean(0)).square().sum(1).mean() == pytest.approx(errors["constant_predictor"], rel=0.02)
+    assert (target - means[turns]).square().sum(1).mean() == pytest.approx(errors["rotation_only"], rel=0.02)
+
+
+def test_the_quarter_turns_are_those_of_the_corners():
+    turns, corners = sample_corners(1000, 32, torch.Generator().manual_seed(0))
+    top = corners[:, 1] - corners[:, 0] + corners[:, 2] - corners[:, 3]
+    assert torch.equal((torch.atan2(top[:, 1], top[:, 0]) / (math.pi / 2)).round().long() % 4, turns)
+    assert torch.equal(coefficients_from_corners(corners, 32).float(), draw(1000, 32))
 
 
 @pytest.mark.parametrize("size", [16, 96, 28, (32, 64), (96, 48)])
 def test_the_target_has_the_same_distribution_at_every_size(size):
-    at_32 = common.transformation_target(draw(1000, 32), 32)
-    assert torch.allclose(common.transformation_target(draw(1000, size), size), at_32, atol=2e-4)
+    at_32 = transformation_target(draw(1000, 32), 32)
+    assert torch.allclose(transformation_target(draw(1000, size), size), at_32, atol=2e-4)
 
 
 def test_target_is_the_formula_at_32():
     coefficients = draw(10, 32)
     offset = torch.tensor([0, 0, 16.0, 0, 0, 16, 0, 0])
     divisor = torch.tensor([1, 1, 20, 1, 1, 20, 0.015, 0.015])
-    assert torch.allclose(common.transformation_target(coefficients, 32), (coefficients - offset) / divisor)
+    assert torch.allclose(transformation_target(coefficients, 32), (coefficients - offset) / divisor)
 
 
 def test_sampling_is_reproducible_and_leaves_the_global_generator_alone():
@@ -874,10 +1062,10 @@ def test_sampling_is_reproducible_and_leaves_the_global_generator_alone():
 # --------------------------------------------------------------------------------------------------------- the fallback
 
 
-def test_without_the_extension_everything_still_works_and_says_so_once(monkeypatch, capsys):
-    monkeypatch.setattr(common, "minter_warp", None)
-    monkeypatch.setattr(common, "minter_warp_missing", "No module named 'minter_warp'", raising=False)
-    monkeypatch.setattr(common, "noted", set())
+def test_without_the_extension_everything_still_works_and_says_so(monkeypatch, recwarn):
+    monkeypatch.setattr("minter_warp.ops._C", None)
+    monkeypatch.setattr("minter_warp.ops.why_not_compiled", "No module named 'minter_warp._C'")
+    assert minter_warp.build_info() is None
     images, coefficients = random_images(4), draw(4, 32)
     for _ in range(2):
         assert torch.equal(projective_warp(images, coefficients), projective_warp_reference(images, coefficients))
@@ -889,14 +1077,15 @@ def test_without_the_extension_everything_still_works_and_says_so_once(monkeypat
     out = torch.empty(2, 3, 32, 32, dtype=torch.uint8)
     expected = warp_batch(*arguments, fill=300.0).round().clamp(max=255)
     assert torch.equal(warp_batch(*arguments, fill=300.0, out=out), expected)
-    assert capsys.readouterr().err.count("the compiled warp is not built") == 1
+    said = [str(warning.message) for warning in recwarn]
+    assert all("is not built" in message and "(No module named 'minter_warp._C')" in message for message in said)
+    assert {warning.filename for warning in recwarn} == {__file__}  # Python shows it once for a line that calls
     with pytest.raises((RuntimeError, IndexError)):
         warp_batch(images, torch.tensor([-1]))  # refused as in the compiled form, not counted from the end
 
 
-def test_a_build_without_cuda_leaves_the_gpu_to_the_reference(monkeypatch, capsys):
-    monkeypatch.setattr(common, "CUDA_ARCHITECTURES", None)
-    monkeypatch.setattr(common, "noted", set())
+def test_a_build_without_cuda_leaves_the_gpu_to_the_reference(monkeypatch):
+    monkeypatch.setattr("minter_warp.ops.CUDA_ARCHITECTURES", None)
 
     class OnGPU:
         is_cuda = True
@@ -904,12 +1093,13 @@ def test_a_build_without_cuda_leaves_the_gpu_to_the_reference(monkeypatch, capsy
     class OnCPU:
         is_cuda = False
 
-    assert not common.compiled_for(OnGPU()) and common.compiled_for(OnCPU())
-    assert "built without CUDA" in capsys.readouterr().err
+    assert minter_warp.ops.compiled_for(OnCPU())
+    with pytest.warns(UserWarning, match="built without CUDA"):
+        assert not minter_warp.ops.compiled_for(OnGPU())
 
 
 def test_the_build_says_what_it_holds():
-    info = common.minter_warp.build_info()
+    info = minter_warp.build_info()
     assert info["compiler"] and info["torch"].startswith("2.")
     if torch.cuda.is_available():
         assert info["cuda_architectures"]
