@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from test_fuzz import calls, reference, same
 from torch.utils.cpp_extension import include_paths
 
-from common import normalization, projective_warp_reference, sample_coefficients, sample_crops, warp_batch
+from minter_warp import normalization, projective_warp_reference, sample_coefficients, sample_crops, warp_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}

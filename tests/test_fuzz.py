@@ -11,23 +11,23 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import common
-from common import (
+from minter_warp import (
     crop_and_flip_reference,
     projective_warp,
     projective_warp_reference,
     sample_coefficients,
     warp_batch,
 )
+from minter_warp.ops import _C, CUDA_ARCHITECTURES
 
-pytestmark = pytest.mark.skipif(common.minter_warp is None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 shared = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("test", derandomize=True, database=None, max_examples=250, **shared)
 settings.register_profile("fuzz", max_examples=10_000, **shared)
 settings.register_profile("sanitize", max_examples=600, **shared)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and common.CUDA_ARCHITECTURES else [])
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and CUDA_ARCHITECTURES else [])
 CLEAR = (ValueError, TypeError, RuntimeError)  # NotImplementedError is a RuntimeError
 IDENTITY = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0])
 FAR = 2**40  # beyond this a window is cut, in C++ as below, so that no sum overflows
@@ -153,7 +153,7 @@ def same(ours, expected, tolerance):
 
 
 def run_call(call, through):
-    """Through the functions of common.py where they can say what the call says, else through the operator. out: into a
+    """Through minter_warp's functions where they can say what the call says, else through the operator. out: into a
     tensor that is there already."""
     if through == "out":
         count = len(call["images"] if call["index"] is None else call["index"])
