@@ -336,7 +336,7 @@ def draw_errors(args):
     colours |= dict.fromkeys(tables.BASELINES, "grey")
     classifiers = list(dict.fromkeys(classifier for _, _, classifier, _ in errors))
     measured = {key[1] for key in errors if key[0] != "raw pixels"}
-    kinds = [kind for kind in tables.FEATURES if kind in measured]
+    kinds = [kind for kind in tables.KINDS if kind in measured]
     figure, axes = plt.subplots(len(kinds), len(classifiers), figsize=(4 * len(classifiers), 0.8 + 3.2 * len(kinds)),
                                 squeeze=False, sharex=True, sharey=True, layout="constrained")
     labels = sorted({key[3] for key in errors}
@@ -357,7 +357,7 @@ def draw_errors(args):
                 theirs = known.get(method, {})
                 axis.plot(sorted(theirs), [theirs[size] for size in sorted(theirs)], "--", color=colours[method],
                           marker=".", markersize=4, alpha=0.7)
-            axis.set(xscale="log", title=f"{tables.TITLES[classifier]}{', ' if kind else ''}{tables.FEATURES[kind]}")
+            axis.set(xscale="log", title=f"{tables.TITLES[classifier]}{', ' if kind else ''}{tables.KINDS[kind]}")
             axis.set_xticks(labels, [f"{size:,}" for size in labels])
             axis.minorticks_off()
             axis.grid(alpha=0.3)

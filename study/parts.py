@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tables import METHODS, STUDIES, read_results, study_section, write_pages, write_results
-
 from common import (
     IMAGE_SUFFIXES,
     Parser,
@@ -85,6 +83,8 @@ def finish(path):
 
 def finished_parts(folder):
     """The marks in a study's folder, trainings first: [(name of the part, path)], the name as 0/pt or 0/pt labels."""
+    from tables import METHODS  # here, as it takes seconds, which prepare and finish need not wait for
+
     parts = []
     for path in folder.glob("seed*/*"):
         name, _, kind = path.stem.partition("-")
@@ -107,6 +107,7 @@ def collect(folder):
             record = json.loads(path.read_text())
             machine = record.pop("made_with")
             command = machine.pop("command")
+            record = {"seconds": machine.pop("seconds", 0.0), **record}
             if "rows" in record:
                 record["rows"] = [short(row) for row in record["rows"]]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -116,7 +117,7 @@ def collect(folder):
             machines.append(machine)
             results["pieces"].append({"machine": machine, "seconds": 0.0})
         piece = machines.index(machine)
-        results["pieces"][piece]["seconds"] += record.setdefault("seconds", 0.0)
+        results["pieces"][piece]["seconds"] += record["seconds"]
         results["parts"][name] = {"settings": settings_of(command), "command": command, **record, "piece": piece}
     return results
 
@@ -131,6 +132,8 @@ def short(row):
 def take_in(results, path, add):
     """Writes the results of a study to `path`, unless these lack something that it holds. add: keep that beside them.
     Raises UserError."""
+    from tables import read_results, write_results
+
     there = read_results(path) if path.exists() else {**results, "pieces": [], "parts": {}}
     beyond = {name: record for name, record in there["parts"].items() if name not in results["parts"]}
     same_data = there["title"] == results["title"]
@@ -171,6 +174,8 @@ def main():
     elif args.action == "finish":
         finish(args.checkpoint)
     else:
+        from tables import STUDIES, study_section, write_pages, write_results
+
         results = collect(args.folder)
         write_results(results, args.folder / "results.json")
         write_atomically(args.folder / "results.md", lambda file: file.write(study_section(results).encode()))

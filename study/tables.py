@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, UserError, run_command, write_atomically
 from equivariance import column
-from probe import NAMES, between_marks
+from probe import CLASSIFIERS, FEATURES, between_marks
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {  # name: what the tables call it; study.mk has the commands
@@ -68,8 +68,8 @@ STUDIES = {  # those that results/ and the pages have: what makes each
     "stl-stl10": "make reproduce-stl", "stl-cifar10": "make reproduce-stl",
     "stl-cifar10-small": "make reproduce-stl-small",
 }
-TITLES = {**NAMES, "transfer": "linear, transfer to CIFAR-10"}
-FEATURES = {"sample": "z sampled", "mu": "mu", "trunk": "before mu", None: ""}
+TITLES = {**{name: title for name, (title, _) in CLASSIFIERS.items()}, "transfer": "linear, transfer to CIFAR-10"}
+KINDS = {**{name: title for name, (title, _) in FEATURES.items()}, None: ""}  # of features
 
 
 def published_for(results):
@@ -147,8 +147,8 @@ def seeds_of(results):
 
 
 def in_order(rows):
-    """Rows (method, ...) in the order of METHODS and FEATURES."""
-    orders = {**{name: i for i, name in enumerate(METHODS)}, **{name: i for i, name in enumerate(FEATURES)}}
+    """Rows (method, ...) in the order of METHODS and KINDS."""
+    orders = {**{name: i for i, name in enumerate(METHODS)}, **{name: i for i, name in enumerate(KINDS)}}
     return sorted(set(rows), key=lambda row: [(orders.get(part, 0), str(part)) for part in row])
 
 
@@ -171,7 +171,7 @@ def error_tables(results, errors, seeds):
             headings += [f"{size:,} labels: ours", "paper", "difference"] if known else [f"{size:,} labels"]
         rows = []
         for method, features in in_order([key[:2] for key in errors] + [(method, compared) for method in known]):
-            cells = [METHODS[method], FEATURES[features]]
+            cells = [METHODS[method], KINDS[features]]
             for size in sizes:
                 ours = errors.get((method, features, classifier, size))
                 theirs = known.get(method, {}).get(size) if features == compared else None
@@ -203,7 +203,7 @@ def order_table(results, errors):
                 by_mean = sorted(ours, key=lambda method: statistics.mean(ours[method][seed] for seed in seeds))
                 ranks = [sorted(ours, key=lambda method, seed=seed: ours[method][seed]) for seed in seeds]
                 first, last = sum(rank[0] == theirs[0] for rank in ranks), sum(rank[-1] == theirs[-1] for rank in ranks)
-                rows.append([f"{TITLES[classifier]}, {size:,}", FEATURES[features],
+                rows.append([f"{TITLES[classifier]}, {size:,}", KINDS[features],
                              " < ".join(short[method] for method in theirs),
                              " < ".join(short[method] for method in by_mean),
                              f"{first} of {len(seeds)}", f"{last} of {len(seeds)}"])
@@ -296,14 +296,14 @@ def readme_section(studies):
     for method, features in in_order([key[:2] for key in errors] + [(method, "sample") for method in PAPERS]):
         if METHODS[method].startswith("*ours"):  # these are in RESULTS.md
             continue
-        cells = [METHODS[method], FEATURES[features]]
+        cells = [METHODS[method], KINDS[features]]
         for classifier, size in columns:
             ours = errors.get((method, features, classifier, size))
             theirs = published[classifier].get(method, {}).get(size) if features == "sample" else None
             text = (ours.text(seeds=seeds) if ours else "–") + (f"<br>*{theirs:.3f}*" if theirs else "")
             cells.append(text.replace("0.", "."))  # narrow columns
         rows.append(cells)
-    headings = [f"{NAMES[name].replace(' regression', '')}, {size:,}" for name, size in columns]
+    headings = [f"{TITLES[name].replace(' regression', '')}, {size:,}" for name, size in columns]
     how = "at the paper's scale" if results["scale"] == "full" else "at a small scale ([what that is](RESULTS.md))"
     text = [f"{results['title']}, error on 10,000 test images, {how}; mean ± standard deviation over {seeds} training "
             "seeds. *In italics the paper's*, of its full scale and one seed."]
