@@ -27,6 +27,7 @@ from probe import (
     architectures,
     encode,
     evaluation_parser,
+    explain_features,
     load_checkpoints,
     random_encoder,
     row_label,
@@ -402,6 +403,7 @@ def probe_equivariance(args, device):
         f"{dataset}: {len(test_images):,} test images, {args.per_image} transformations each, two images share theirs; "
         f"ridge regressions fitted on {args.pairs:,} pairs of {len(images):,} training images, the penalty chosen on "
         f"{RIDGE_VALIDATION:.0%} of these; no crops or flips; seed {args.seed}",
+        *explain_features(rows),
         "prediction: from the features of x and t(x) and their products, without which the two cannot be compared "
         "(--json has it without them too), or of t(x) alone; R² of 1 is perfect, of 0 the training mean",
         "MRR, H@1, H@5: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
@@ -468,7 +470,8 @@ def parse_args():
     add("--transformations", nargs="+", choices=list(FAMILIES),
         help="to measure all checkpoints under (default: projective, and for STL crop and colour too)")
     add("--images", type=number(int, 10), default=300, metavar="N", help="test images")
-    add("--per-image", type=number(int, 10), default=60, metavar="N", help="transformations of each, to be told apart")
+    add("--per-image", type=number(int, 10), default=60, metavar="N",
+        help="transformations of each test image, the candidates in retrieval")
     add("--pairs", type=number(int, 10), default=4000, metavar="N", help="training pairs for the ridge regressions")
     return parser.parse_args()
 

@@ -75,7 +75,7 @@ CLASSIFIERS = {
                   f"{MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, crops and flips"),
 }
 FEATURES = {
-    "sample": ("z sampled", "drawn from N(mu, sigma²), anew each time"),
+    "sample": ("z sampled", "drawn from N(mu, sigma²)"),
     "mu": ("mu", "the mean of z"),
     "trunk": ("before mu", "what the encoder computes mu from"),
 }
@@ -191,7 +191,7 @@ def mlp(representation, labels):
 
 
 def mlp_predictions(representation, index, labels, settings):
-    """Sampled features are drawn anew in each epoch."""
+    """Each epoch draws sampled features again."""
     device, dtype = settings.device, settings.dtype
     scaled = standardizer(representation.draw("train")[index])
     model, labels = mlp(representation, labels).to(device), labels.to(device)
@@ -243,9 +243,9 @@ def finetuned_predictions(representation, index, labels, settings):
 def vote_of_nearest(train, labels, queries, neighbours):
     """What KNeighborsClassifier predicts, on any device: train (N, D), labels (N,) from 0, queries (M, D) -> (M,). Of
     equally many votes the first class wins; which of equally near neighbours counts is open, as there."""
-    predicted = []
+    middle, predicted = train.mean(0), []  # taken off, or float32 would lose small distances far from the origin
     for part in queries.split(1000):
-        distances = torch.cdist(part, train, compute_mode="donot_use_mm_for_euclid_dist")  # exact far from the origin
+        distances = torch.cdist(part - middle, train - middle)
         nearest = labels[distances.topk(neighbours, largest=False).indices]
         predicted.append(nn.functional.one_hot(nearest).sum(1).argmax(1))
     return torch.cat(predicted)
@@ -438,9 +438,9 @@ def probe(args, device):
 
     kind = ", the mean over classes," if args.mean_per_class else ""
     about = [f"numbers are error rates{kind} on the {len(test.labels):,} test images of {dataset}; chance is "
-             f"{1 - 1 / len(present):.3f}; seed {args.seed}"]
-    about += [f"{name}: {what}" + (f"; mean ± standard deviation over {args.passes} passes" if kind == "sample" else "")
-              for kind, (name, what) in FEATURES.items() if any(row["features"] == kind for row in rows)]
+             f"{1 - 1 / len(present):.3f}; seed {args.seed}", *explain_features(rows)]
+    if any(row["features"] == "sample" for row in rows):
+        about.append(f"±: the standard deviation over {args.passes} passes, each with another z")
     about += [": ".join(CLASSIFIERS[classifier]) for classifier in dict.fromkeys(row["classifier"] for row in rows)]
     return rows, make_tables(rows), [*about, *notes]
 
@@ -463,6 +463,11 @@ def row_label(row):
     if row.get("map", "ridge") != "ridge":
         name = f"{name}: its {row['map']}"
     return name, FEATURES[row["features"]][0] if row["features"] else ""
+
+
+def explain_features(rows):
+    shown = {row["features"] for row in rows}
+    return [f"{name}: {what}" for kind, (name, what) in FEATURES.items() if kind in shown]
 
 
 def make_tables(rows):
@@ -495,10 +500,12 @@ def print_tables(tables, notes):
 
 def write_markdown(tables, notes, path, brief=False):
     """brief: without z sampled; all but the first table, and the notes, open at a click."""
-    parts = []
+    sampled, parts = FEATURES["sample"][0], []
     for table in tables:
-        lines = [line for line in table.lines if not brief or line[1] != FEATURES["sample"][0]]
+        lines = [line for line in table.lines if not brief or line[1] != sampled]
         parts.append((table.title, table_lines(table._replace(lines=lines))))
+    if brief:
+        notes = [note + "; these rows are in what --json writes" * note.startswith(sampled) for note in notes]
     parts.append(("How it was measured", [f"- {note}" for note in notes]))
     text = []
     for number, (title, lines) in enumerate(parts):

@@ -456,7 +456,8 @@ def test_the_page_is_filled_between_its_marks(measured):
     folder, _, rows = measured
     page = (folder / "page.md").read_text()
     assert page.startswith("# Before\n\n<!-- measured -->\n") and page.endswith("<!-- /measured -->\n\nAfter.\n")
-    assert "\nold\n" not in page and "z sampled" not in page
+    assert "\nold\n" not in page and "| z sampled |" not in page
+    assert page.count("z sampled: drawn from N(mu, sigma²); these rows are in what --json writes") == 1
     tables = page_tables(page)
     assert list(tables) == [f"{family} transformations, {question}" for family in ("Projective", "Crop")
                             for question in ("predicted from x and t(x)", "predicted from t(x) alone",
