@@ -82,16 +82,20 @@ def finish(path):
 
 
 def finished_parts(folder):
-    """The marks in a study's folder, trainings first: [(name of the part, path)], the name as 0/pt or 0/pt labels."""
+    """The marks in a study's folder, trainings first: [(name of the part, path)], the name as 0/pt or 0/pt labels.
+    Raises UserError for a method that the tables do not know."""
     from tables import METHODS  # here, as it takes seconds, which prepare and finish need not wait for
 
-    parts = []
+    known, parts = [*METHODS, "baselines"], []
     for path in folder.glob("seed*/*"):
         name, _, kind = path.stem.partition("-")
-        if path.suffix in (".done", ".json") and name in (*METHODS, "baselines"):
-            seed = path.parent.name.removeprefix("seed")
-            order = int(seed), kind != "", [*METHODS, "baselines"].index(name), kind
-            parts.append((order, f"{seed}/{name} {kind.replace('-', ' ')}".strip(), path))
+        if path.suffix not in (".done", ".json"):
+            continue
+        if name not in known:
+            raise UserError(f"'{path}': give '{name}' a title in METHODS of study/tables.py")
+        seed = path.parent.name.removeprefix("seed")
+        order = int(seed), kind != "", known.index(name), kind
+        parts.append((order, f"{seed}/{name} {kind.replace('-', ' ')}".strip(), path))
     return [(name, path) for _, name, path in sorted(parts)]
 
 

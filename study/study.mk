@@ -6,11 +6,12 @@
 #   make -f study/study.mk vte-tables SCALE=small  into results/ and the pages what is finished so far
 #
 # To stop: Ctrl-C, SIGTERM, or `timeout 9m make ...`. To go on: the same command. A finished part has its mark: a
-# training NAME.done, an evaluation its NAME-KIND.json. No part with a mark is made again, whatever its date; a training
+# training NAME.done, an evaluation its NAME-KIND.json. No part with a mark is made again, whatever its date. A training
 # without one goes on after the last epoch it saved. To make a part again, remove its mark, checkpoint and log, and the
-# marks of all that builds on it.
-# To go on elsewhere: copy the study's folder; of the checkpoints only those are needed on which something is to be built.
-# Several at once: `make -j2 -k`; -k goes on with all that does not follow from a part that failed. Share the cores out:
+# marks of all that builds on it. What a part says is in its .out.
+# To go on elsewhere: copy the study's folder, $(RUNS)/<study>. Of the checkpoints it needs only those on which something
+# unfinished builds.
+# Several at once: `make -j2 -k`. -k goes on with all that does not follow from a part that failed. Share the cores out:
 # OMP_NUM_THREADS=<cores / jobs>. On a large GPU -j6 suits vte, -j2 suits stl. One make a folder at a time.
 
 # full: the papers' settings, on a GPU. small: on two CPU cores, some 85 minutes. tiny: to see it work, two minutes.
@@ -48,9 +49,9 @@ CLASSIFIERS.stl = knn linear
 
 # Scales. Where nothing is said, the scripts' defaults are the papers' values.
 SEEDS.full = 0 1 2
-SAVE_EVERY.full = 20
+SAVE_EVERY.full = 5
 LABELS.full = $(if $(filter stl10,$(DATA)),--train-sizes 5000)
-FAMILIES.full.stl = --transformations crop+colour crop colour projective
+EQUIVARIANCE.full.stl = --transformations crop+colour crop colour projective
 
 SEEDS.small = 0 1
 LIMIT.small.vte = 10000
@@ -59,8 +60,8 @@ TRAIN.small.predictors = --limit $(LIMIT) --epochs 14 --batch-size 64 --lr 5e-4
 TRAIN.small.phase_two = --limit $(LIMIT) --epochs 8 --batch-size 128 --lr 5e-4
 TRAIN.small.stl = --encoder nin --limit $(LIMIT) --epochs 6 --batch-size 128
 LABELS.small = --train-sizes 5000 500
-FAMILIES.small.stl = --transformations crop+colour projective
-EQUIVARIANCE.small = --images 100 --pairs 2000
+EQUIVARIANCE.small.vte = --images 100 --pairs 2000
+EQUIVARIANCE.small.stl = --transformations crop+colour projective --images 100 --pairs 2000
 LEFT_OUT.small = steerable mean_target
 
 SEEDS.tiny = 0 1
@@ -70,8 +71,8 @@ TRAIN.tiny.predictors = --limit $(LIMIT) --epochs 2 --batch-size 64
 TRAIN.tiny.phase_two = --limit $(LIMIT) --epochs 1 --batch-size 64
 TRAIN.tiny.stl = --encoder nin --limit $(LIMIT) --epochs 1 --batch-size 32
 LABELS.tiny = --train-sizes 100 20
-FAMILIES.tiny.stl = --transformations crop+colour
-EQUIVARIANCE.tiny = --images 20 --per-image 12 --pairs 50
+EQUIVARIANCE.tiny.vte = --images 20 --per-image 12 --pairs 50
+EQUIVARIANCE.tiny.stl = --transformations crop+colour $(EQUIVARIANCE.tiny.vte)
 
 # The study that is asked for, its folder, and its parts: FOLDER/seed0/pt.done, FOLDER/seed0/pt-labels.json, ...
 FAMILY := $(if $(filter stl%,$(MAKECMDGOALS)),stl,vte)
@@ -101,7 +102,7 @@ $(if $(filter full small tiny,$(SCALE)),,$(error SCALE: $(SCALE) is none of full
 .SECONDEXPANSION:
 
 help:
-	@sed -n '1,18s/^# \?//p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '1,16s/^# \?//p' $(firstword $(MAKEFILE_LIST))
 
 vte stl: $(PARTS)
 	$(PYTHON) study/parts.py collect $(FOLDER)
@@ -112,7 +113,8 @@ vte-tables stl-tables:
 # Downloads, or decodes, once, before many processes would.
 $(MISSING): | data
 data:
-	$(PYTHON) study/parts.py prepare $(FOLDER) --scale $(SCALE) --dataset '$(DATA)' --data-dir '$(DATA_DIR)' $(LIMIT:%=--limit %)
+	$(PYTHON) study/parts.py prepare $(FOLDER) --scale $(SCALE) --dataset '$(DATA)' --data-dir '$(DATA_DIR)' \
+	    $(addprefix --limit ,$(LIMIT))
 
 # What the target of a rule is: seed0/vte_ba-labels-knn.json has the name vte_ba and the kind labels-knn. All that parts
 # need stands behind |: it has to be there, and its date says nothing. exec, so that make's signals reach Python.
@@ -120,22 +122,21 @@ name = $(firstword $(subst -, ,$(basename $(notdir $@))))
 kind = $(patsubst $(name)-%,%,$(basename $(notdir $@)))
 seed = $(patsubst seed%,%,$(notdir $(@D)))
 whose = $(if $(filter baselines,$(name)),$(LIKE),$(name))
-where = --dataset '$(DATA)' --data-dir '$(DATA_DIR)' --device $(DEVICE)
+where = --dataset '$(if $(filter transfer,$(kind)),cifar10,$(DATA))' --data-dir '$(DATA_DIR)' --device $(DEVICE)
 
-$(TRAININGS): | $$(addprefix $$(@D)/,$$(addsuffix .done,$$(call before,$$(name))))
+$(TRAININGS): | $$(patsubst %,$$(@D)/%.done,$$(call before,$$(name)))
 	@mkdir -p $(@D)
 	exec $(PYTHON) $(firstword $(SCRIPT.$(name))) $(where) --output $(@:.done=.ckpt) --resume \
-	    --save-every $(or $(SAVE_EVERY.$(SCALE)),1) $(addprefix --pretrained $(@D)/,$(addsuffix .ckpt,$(call before,$(name)))) \
+	    --save-every $(or $(SAVE_EVERY.$(SCALE)),1) $(patsubst %,--pretrained $(@D)/%.ckpt,$(call before,$(name))) \
 	    $(wordlist 2,9,$(SCRIPT.$(name))) $(TRAIN.$(SCALE).$(call group,$(name))) --seed $(seed) >> $(basename $@).out
 	@$(PYTHON) study/parts.py finish $(@:.done=.ckpt)
 
-SCRIPT.labels = probe.py
 FLAGS.labels = $(if $(filter stl,$(FAMILY)),--classifiers $(CLASSIFIERS.stl)) $(LABELS.$(SCALE))
 $(foreach c,$(CLASSIFIERS.$(FAMILY)),$(eval FLAGS.labels-$(c) = --classifiers $(c) $(LABELS.$(SCALE))))
 FLAGS.transfer = --classifiers linear --train-sizes 50000
-FLAGS.equivariance = $(FAMILIES.$(SCALE).$(FAMILY)) $(EQUIVARIANCE.$(SCALE))
+FLAGS.equivariance = $(EQUIVARIANCE.$(SCALE).$(FAMILY))
 
 $(EVALUATIONS): | $$(@D)/$$(whose).done
-	exec $(PYTHON) $(if $(filter equivariance,$(kind)),equivariance.py,probe.py) $(@D)/$(whose).ckpt \
-	    $(if $(filter transfer,$(kind)),$(subst stl10,cifar10,$(where)),$(where)) --json $@ $(FLAGS.$(kind)) \
+	exec $(PYTHON) $(if $(filter equivariance,$(kind)),equivariance.py,probe.py) $(@D)/$(whose).ckpt $(where) \
+	    --json $@ $(FLAGS.$(kind)) \
 	    --rows $(if $(filter baselines,$(name)),baselines,checkpoints) --seed $(seed) >> $(basename $@).out

@@ -398,6 +398,12 @@ def test_a_study_just_begun_changes_nothing(pages):
         parts.collect(Path("runs"))
 
 
+def test_a_method_without_a_title_is_named(pages):
+    (FOLDER / "seed0/vte_ba.done").rename(FOLDER / "seed0/mine.done")
+    with pytest.raises(UserError, match="seed0/mine.done': give 'mine' a title in METHODS of study/tables.py"):
+        pages.collect()
+
+
 WHOLE = {"study": "cifar10-small", "title": "CIFAR-10", "scale": "small", "pieces": [], "parts": {}}
 
 
