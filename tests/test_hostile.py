@@ -1,17 +1,15 @@
 """Broken and hostile files, and wrong flags: one sentence each, and never code run from a file."""
 
-import contextlib
 import copy
 import importlib
-import importlib.util
 import io
+import math
 import os
 import pickle
 import random
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,7 +21,7 @@ from PIL import Image
 
 import common
 import stl
-from common import NIN, UserError, check_weights, load_checkpoint, load_encoder, load_images
+from common import NIN, UserError, load_checkpoint, load_encoder, load_images, load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,37 +39,28 @@ def plain_checkpoint():
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
-    return NIN()
+    return NIN(8)
 
 
 def refused(path, says="", of=load_checkpoint):
-    """Loading ends in one sentence that names the file, soon."""
-    start = time.perf_counter()
+    """Loading ends in one sentence that names the file."""
     with pytest.raises(UserError) as problem:
         of(path)
     message = str(problem.value)
     assert Path(path).name in message and says in message and "\n" not in message
-    assert time.perf_counter() - start < 5
     return message
 
 
-def rewritten(source, target, change, **options):
-    """A copy of an archive of torch.save with other content, {name: bytes} after `change`, and right checksums."""
-    with zipfile.ZipFile(source) as archive:
-        content = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(target, "w", **options) as archive:
-        for name, data in change(content).items():
-            archive.writestr(name, data)
-
-
-def test_a_file_cut_at_any_4_kib(tmp_path, encoder):
+def test_a_file_cut_at_any_64_kib(tmp_path, encoder):
     path = tmp_path / "a.ckpt"
     weights = encoder.state_dict()
-    torch.save({**plain_checkpoint(), "encoder": weights, "model": weights}, path)
+    checkpoint = plain_checkpoint()
+    torch.save({**checkpoint, "config": {**checkpoint["config"], "image_size": 8}, "encoder": weights,
+                "model": weights}, path)
     assert load_encoder(load_checkpoint(path), path) is not None
     size = path.stat().st_size
     assert size > 1e6
-    for length in [size - 1, *range(size // 4096 * 4096, -1, -4096)]:
+    for length in [size - 1, *range(size // 2**16 * 2**16, -1, -(2**16))]:
         os.truncate(path, length)
         refused(path, "truncated")
 
@@ -100,29 +89,6 @@ def test_flipped_bytes_are_found_or_change_nothing(tmp_path):
     assert found > len(positions) / 2
 
 
-def test_pickles_with_flipped_bytes_and_right_checksums_run_nothing(tmp_path, monkeypatch):
-    """Each is refused, or is still a checkpoint by all that is checked of one."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(plain_checkpoint(), "good.ckpt")
-    generator, accepted = random.Random(0), 0
-
-    def flip(content):
-        (name,) = [name for name in content if name.endswith("data.pkl")]
-        data = bytearray(content[name])
-        for _ in range(generator.choice([1, 1, 2, 5])):
-            data[generator.randrange(len(data))] = generator.randrange(256)
-        return {**content, name: bytes(data)}
-
-    for _ in range(400):
-        rewritten("good.ckpt", "bad.ckpt", flip)
-        with contextlib.suppress(UserError):
-            checkpoint = load_checkpoint("bad.ckpt")
-            with contextlib.suppress(UserError):
-                check_weights(NIN(), checkpoint["encoder"], "bad.ckpt", "NIN")
-            accepted += 1
-    assert accepted < 200 and sorted(os.listdir()) == ["bad.ckpt", "good.ckpt"]
-
-
 class Calls:
     """Pickled, a call of anything."""
 
@@ -133,95 +99,70 @@ class Calls:
         return self.call
 
 
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-def holding_itself():
-    value = plain_checkpoint()
-    value["config"]["self"] = value["config"]
-    return value
+def test_pickles_with_flipped_bytes_and_right_checksums_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(plain_checkpoint(), "good.ckpt")
+    with zipfile.ZipFile("good.ckpt") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = [name for name in content if name.endswith("data.pkl")]
+    generator, refusals = random.Random(0), 0
+    for _ in range(200):
+        data = bytearray(content[pickled])
+        for _ in range(generator.choice([1, 1, 2, 5])):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        with zipfile.ZipFile("bad.ckpt", "w") as archive:
+            for name, value in {**content, pickled: bytes(data)}.items():
+                archive.writestr(name, value)
+        try:
+            checkpoint = load_checkpoint("bad.ckpt")
+            load_weights(NIN(8), checkpoint["encoder"], "bad.ckpt")
+        except UserError:
+            refusals += 1
+    assert refusals == 200 and sorted(os.listdir()) == ["bad.ckpt", "good.ckpt"]
 
 
 HOSTILE = {  # what is saved in place of the encoder's weights, or by itself
     "a command": lambda: Calls(os.system, "touch went-off"),
     "an evaluation": lambda: Calls(eval, "open('went-off', 'w')"),
     "an import": lambda: Calls(importlib.import_module, "antigravity"),
-    "a terabyte of zeros": lambda: Calls(bytearray, 10**12),
-    "sparse": lambda: {"w": torch.zeros(10**6, 10**6, layout=torch.sparse_coo)},
-    "meta": lambda: {"w": torch.empty(10**6, 10**6, device="meta")},
-    "quantised": lambda: {"w": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.quint8)},
-    "complex": lambda: {"w": torch.zeros(3, dtype=torch.complex64)},
-    "expanded": lambda: {"w": torch.zeros(1).expand(10**6, 10**6)},
-    "a parameter": lambda: {"w": torch.nn.Parameter(torch.zeros(3))},
     "a module": lambda: torch.nn.Linear(2, 2),
     "an array": lambda: {"w": np.zeros(3)},
-    "a set": lambda: {"w": {1, 2}},
 }
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_is_not_plain_is_not_loaded(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for whole in (False, True):
         value = HOSTILE[kind]()
         torch.save(value if whole else {**plain_checkpoint(), "encoder": value}, "bad.ckpt")
-        refused("bad.ckpt", "holds more than tensors and plain values")
+        refused("bad.ckpt", "is no checkpoint of minTER")
     assert os.listdir() == ["bad.ckpt"]
 
 
-def test_archives_that_are_not_torch_saves(tmp_path, monkeypatch):
+def test_files_of_other_kinds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({**plain_checkpoint(), "model": {"w": torch.zeros(10**6)}}, "good.ckpt")
-    rewritten("good.ckpt", "compressed.ckpt", dict, compression=zipfile.ZIP_DEFLATED)  # 4 MB in some kilobytes
-    assert os.path.getsize("compressed.ckpt") < 20_000
-
-    def claim(content):
-        """A storage that says it has 2^30 elements, of which there are ten."""
-        (name,) = [name for name in content if name.endswith("data.pkl")]
-        data = content[name].replace(b"J@B\x0f\x00t", b"J" + struct.pack("<i", 2**30) + b"t")
-        assert data != content[name]
-        return {**content, name: data}
-
-    rewritten("good.ckpt", "claim.ckpt", claim)
     torch.save(plain_checkpoint(), "old.ckpt", _use_new_zipfile_serialization=False)
-    Path("bomb.pkl").write_bytes(pickle.dumps(Calls(os.system, "touch went-off")))
-    Path("two.ckpt").write_bytes(Path("bomb.pkl").read_bytes() + Path("good.ckpt").read_bytes())
-    Path("old-two.ckpt").write_bytes(Path("old.ckpt").read_bytes() + Path("good.ckpt").read_bytes())
-    torch.save(nested(50), "deep.ckpt")
-    rewritten("deep.ckpt", "deeper.ckpt", lambda content: {
-        name: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"." if name.endswith("data.pkl") else data
-        for name, data in content.items()})
-    torch.save({"w": [0] * 2**20}, "many.ckpt")
-    torch.save(holding_itself(), "itself.ckpt")
+    Path("bomb.ckpt").write_bytes(pickle.dumps(Calls(os.system, "touch went-off")))
+    Path("text.ckpt").write_text("hello")
+    torch.save(7, "number.ckpt"), torch.save({"state_dict": {}}, "other.ckpt")
     with zipfile.ZipFile("empty.ckpt", "w"):
         pass
-    for name in ("compressed", "claim", "old", "two", "old-two", "deep", "deeper", "many", "itself", "empty"):
+    for name in ("old", "bomb", "text", "number", "other", "empty"):
         refused(f"{name}.ckpt", "is no checkpoint of minTER")
-    os.mkdir("folder.ckpt"), os.mkfifo("pipe.ckpt")
-    for name in ("folder.ckpt", "pipe.ckpt", "missing.ckpt", "/dev/zero"):
+    os.mkdir("folder.ckpt")
+    for name in ("folder.ckpt", "missing.ckpt"):
         refused(name, "there is no checkpoint")
     assert not os.path.exists("went-off")
 
 
 NAN = float("nan")
 WRONG_VALUES = {
-    "format_version": ["1", True, 1.0, NAN, -1, 10**30, None, 2],
-    "method": [5, "", "a b", "clear \x1b[2J", "two\nlines", "x" * 65, None, ["stl"]],
-    "epoch": ["3", True, 1.5, -1, 10**30, None],
-    "encoder": [[], None, "nin", 7],
-    "model": [[], None, "nin", 7],
-    "config": [[], None, "nin", {}, {5: 1}, {"nested": {}}],
-    "config.dataset": [5, "", "a\0b", "a\x1bb", "x" * 300, "a/" * 3000, None, ["digits"], torch.ones(3)],
-    "config.encoder": ["vgg", 7, ["nin"], None, "NIN", torch.ones(3)],
-    "config.image_size": [10**9, 10**30, -32, 0, 7, 1025, "32", 32.0, True, NAN, None, torch.tensor(32)],
-    "config.mean": [[0.5] * 2, [0.5] * 4, [], [NAN] * 3, [1e300] * 3, ["a"] * 3, [True] * 3, 0.5, None,
-                    (0.5, 0.5, 0.5), [[0.5]] * 3, torch.ones(3), {0: 0.5, 1: 0.5, 2: 0.5}],
-    "config.std": [[0.5] * 2, [0] * 3, [0.0] * 3, [-0.2] * 3, [1e-320] * 3, [NAN] * 3, [float("inf")] * 3, None],
+    "format_version": ["1", None, 2], "epoch": ["3", None], "encoder": [[], None, "nin", 7], "model": [[], None, 7],
+    "config": [[], None, "nin", {}], "config.dataset": [5, None, ["digits"]],
+    "config.encoder": ["vgg", 7, ["nin"], None, "NIN"], "config.image_size": [10**9, -32, 0, "32", NAN, None],
+    "config.mean": [[0.5] * 2, [0.5] * 4, [], [NAN] * 3, ["a"] * 3, 0.5, None],
+    "config.std": [[0.5] * 2, [0.0] * 3, [-0.2] * 3, [NAN] * 3, [math.inf] * 3, None],
 }
 
 
@@ -235,17 +176,17 @@ def test_wrong_values_in_a_checkpoint(name, tmp_path):
         target[inner] = value
         torch.save(checkpoint, path)
         message = refused(path)
-        assert f"its {inner} is" in message or "version 2" in message or "config" in (inner, *outer), message
+        assert "is no checkpoint of minTER" in message or "has format version" in message
     del target[inner]
     torch.save(checkpoint, path)
-    refused(path, f"lacks {inner}")
+    refused(path, "is no checkpoint of minTER")
 
 
 def test_weights_are_those_of_the_encoder_or_refused(encoder, tmp_path):
-    """In names, shapes and types, and all finite; wherever they are used."""
+    """In names, shapes and types, and all finite."""
     good = encoder.state_dict()
 
-    def broken(value, name="mu.weight"):
+    def broken(value, name):
         weights = copy.deepcopy(good)
         weights[name].view(-1)[-1] = value
         return weights
@@ -256,33 +197,30 @@ def test_weights_are_those_of_the_encoder_or_refused(encoder, tmp_path):
         "shape": {**good, "mu.bias": torch.zeros(511)}, "scalar": {**good, "mu.bias": torch.tensor(0.0)},
         "float64": {**good, "mu.bias": good["mu.bias"].double()}, "int": {**good, "mu.bias": good["mu.bias"].long()},
     }
-    path = tmp_path / "a.ckpt"
-    checkpoint = plain_checkpoint()
     for name, weights in wrong.items():
-        torch.save({**checkpoint, "encoder": weights}, path)
-        refused(path, "do not fit the encoder 'nin' at image size 32", of=lambda p: load_encoder(load_checkpoint(p), p))
-        with pytest.raises(UserError, match="do not fit NIN"):
-            check_weights(encoder, weights, name, "NIN")
-    for value in (NAN, float("inf")):
+        with pytest.raises(UserError, match=f"the weights in '{name}' do not fit the NIN"):
+            load_weights(encoder, weights, name)
+    for value in (NAN, math.inf):
         for name in ("mu.weight", "trunk.0.1.running_var"):
-            torch.save({**checkpoint, "encoder": broken(value, name)}, path)
-            refused(path, f"{name} is infinite or NaN", of=lambda p: load_encoder(load_checkpoint(p), p))
-    for settings in ({"image_size": 1024}, {"encoder": "alexnet", "image_size": 8}, {"encoder": "resnet18"},
-                     {"probabilistic": False}):  # of which nothing is allocated before the shapes are compared
-        changed = {**checkpoint, "encoder": good, "config": {**checkpoint["config"], **settings}}
-        with pytest.raises(UserError, match="do not fit the encoder"):
-            load_encoder(changed, path)
-    for settings in ({"encoder": "resnet18"}, {"probabilistic": False}):
+            with pytest.raises(UserError, match=f"{name} is infinite or NaN"):
+                load_weights(encoder, broken(value, name), "a.ckpt")
+    assert same(dict(encoder.state_dict()), dict(good))
+    path, checkpoint = tmp_path / "a.ckpt", plain_checkpoint()
+    for settings in ({"image_size": 96}, {"image_size": 8, "encoder": "alexnet"}, {"probabilistic": False}):
+        with pytest.raises(UserError, match="fit"):
+            load_encoder({**checkpoint, "encoder": good, "config": {**checkpoint["config"], **settings}}, path)
+    for settings in ({"encoder": "resnet18", "probabilistic": False}, {"probabilistic": False}):
         with pytest.raises(UserError, match="has no log-variance"):
             load_encoder({**checkpoint, "config": {**checkpoint["config"], **settings}}, path, probabilistic=True)
 
 
 def test_stl_checkpoints(tmp_path):
-    encoder = common.build_encoder("nin", 32, probabilistic=False)
+    encoder = common.build_encoder("nin", 8, probabilistic=False)
     model = stl.STL(encoder, losses=("inv",))
     checkpoint = {**plain_checkpoint(), "method": "stl_inv", "encoder": encoder.state_dict(),
                   "model": model.state_dict()}
-    checkpoint["config"] |= {"preset": "code", "inv": 1.0, "equi": 0.0, "trans": 0.0, "probabilistic": False}
+    checkpoint["config"] |= {"image_size": 8, "preset": "code", "inv": 1.0, "equi": 0.0, "trans": 0.0,
+                             "probabilistic": False}
     path = tmp_path / "a.ckpt"
 
     def save(config=(), weights=()):
@@ -291,12 +229,10 @@ def test_stl_checkpoints(tmp_path):
         return path
 
     assert stl.load_stl(save())[0].inv_projector is not None
-    for preset in ("mine", None, 7, ["code"]):
+    for preset in ("mine", None, 7):
         refused(save({"preset": preset}), "one of stl.py is needed", of=stl.load_stl)
-    refused(save({"preset": torch.ones(2)}), "its config is not what", of=stl.load_stl)
-    refused(save({"inv": torch.ones(2)}), "its config is not what", of=stl.load_stl)
-    refused(save({"equi": 1.0}), "do not fit STL with the losses inv, equi", of=stl.load_stl)
-    refused(save((), {"inv_projector.0.weight": torch.zeros(3)}), "do not fit STL", of=stl.load_stl)
+    refused(save({"equi": 1.0}), "do not fit the STL", of=stl.load_stl)
+    refused(save((), {"inv_projector.0.weight": torch.zeros(3)}), "do not fit the STL", of=stl.load_stl)
     refused(save((), {"inv_projector.0.weight": torch.full((512, 512), NAN)}), "is infinite or NaN", of=stl.load_stl)
 
 
@@ -309,12 +245,11 @@ def test_a_hostile_checkpoint_on_the_command_line(tmp_path):
 
 
 def test_broken_logs(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "results")
+    monkeypatch.syspath_prepend(ROOT / "study")
     figures = importlib.import_module("figures")
     path = tmp_path / "a.jsonl"
-    for text in ("", "{", "[]", "7", '{"epoch": 1}', '{"epoch": 1, "loss": "low"}', "\xff", "[" * 10**5,
-                 '{"epoch": 1, "loss": 1}\n{"epoch": 2}', '{"epoch": 1, "loss": [1]}',
-                 '{"epoch": 1, "loss": 1' + "0" * 400 + "}"):
+    for text in ("", "{", "[]", "7", '{"epoch": 1}', '{"epoch": 1, "loss": "low"}', "\xff",
+                 '{"epoch": 1, "loss": 1}\n{"epoch": 2}', '{"epoch": 1, "loss": [1]}'):
         path.write_bytes(text.encode("latin1"))
         refused(path, of=figures.read_log)
     path.write_text('{"epoch": 1, "loss": 0.5}\n')
@@ -348,12 +283,16 @@ def grey16(kind, **options):
     return encoded(Image.fromarray(values), kind, **options)
 
 
-def exif_turned():
+def exif_turned(kind="PNG", orientation=(3, 1, 6), width=None):
+    """Red on the left, blue on the right; by its EXIF turned a quarter clockwise, so red is on top. orientation, width:
+    (type, count, value) as they stand in the file, whatever they say."""
     picture = Image.new("RGB", (16, 8), RED)
-    picture.paste(BLUE, (8, 0, 16, 8))  # red on the left; turned a quarter clockwise, red is on top
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded(picture, "PNG", exif=exif)
+    picture.paste(BLUE, (8, 0, 16, 8))
+    entries = [(0x0100, *width)] if width else []
+    entries.append((0x0112, *orientation))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    exif += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return encoded(picture, kind, exif=exif)
 
 
 def two_frames(kind, **options):
@@ -389,6 +328,10 @@ ODD = {  # name: content, the colour in the upper left, and how far off it may b
     "animated.webp": (lambda: two_frames("WEBP", lossless=True), RED, 4),
     "pages.tiff": (lambda: two_frames("TIFF"), RED, 0),
     "turned.png": (exif_turned, RED, 0),
+    "turned-with-a-width-in-text.png": (lambda: exif_turned(width=(2, 3, 0x3631)), RED, 0),
+    "turned-with-a-width-in-text.jpg": (lambda: exif_turned("JPEG", width=(2, 3, 0x3631)), RED, 20),
+    "orientation-in-text.png": (lambda: exif_turned(orientation=(2, 2, 0x36)), RED, 0),
+    "orientation-99.png": (lambda: exif_turned(orientation=(3, 1, 99)), RED, 0),
     "thin.png": (lambda: encoded(Image.new("RGB", (1, 3000), RED), "PNG"), RED, 0),
     "one.bmp": (lambda: encoded(Image.new("RGB", (1, 1), RED), "BMP"), RED, 0),
 }
@@ -398,10 +341,11 @@ ODD = {  # name: content, the colour in the upper left, and how far off it may b
 def test_images_that_are_odd_are_decoded_by_the_rules(name, tmp_path, capfd):
     content, colour, tolerance = ODD[name]
     folder, _ = folder_with(tmp_path / name, content())
-    image = load_images(str(folder), "train", image_size=8)[0][0]
+    image = load_images(str(folder), "train", image_size=8).images[0]
     assert (image[:, 0, 0].int() - torch.tensor(colour)).abs().max() <= tolerance
     if name.startswith("turned"):
-        assert image[:, 0, -1].tolist() == list(RED) and image[:, -1, 0].tolist() == list(BLUE)  # upright
+        assert (image[:, 0, -1].int() - torch.tensor(RED)).abs().max() <= tolerance  # upright
+        assert (image[:, -1, 0].int() - torch.tensor(BLUE)).abs().max() <= tolerance
     if name == "grey16.png":
         assert image[:, 0, -1].tolist() == [255] * 3
     assert capfd.readouterr().err == ""
@@ -417,15 +361,16 @@ def bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+NONE = "no image of a kind that is read"
 SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(went-off) (w) file closefile\nshowpage\n"
 BAD = {
     "bomb.png": (bomb(10**5, 10**5), "pixels"), "smaller-bomb.png": (bomb(10_000, 10_000), "pixels, more than"),
-    "zero.png": (b"", "it is none"), "zero.jpg": (b"", "it is none"), "text.jpg": (b"hello", "it is none"),
-    "nulls.bmp": (bytes(5000), "it is none"), "script.png": (SCRIPT, "it is none"), "pdf.jpg": (b"%PDF-1.4\n", "none"),
-    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is none"),
+    "zero.png": (b"", NONE), "zero.jpg": (b"", NONE), "text.jpg": (b"hello", NONE),
+    "nulls.bmp": (bytes(5000), NONE), "script.png": (SCRIPT, NONE), "pdf.jpg": (b"%PDF-1.4\n", NONE),
+    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NONE),
     "float.tif": (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "32-bit pixels"),
     "int.tif": (encoded(Image.new("I", (8, 8), 5), "TIFF"), "32-bit pixels"),
-    "ico.png": (encoded(PLAIN.resize((16, 16)), "ICO"), "it is none"),  # of no kind that is read
+    "ico.png": (encoded(PLAIN.resize((16, 16)), "ICO"), NONE),  # of no kind that is read
 }
 
 
@@ -446,189 +391,71 @@ def test_truncated_images_are_named(kind, tmp_path):
     folder, file = folder_with(tmp_path / f"a.{kind.lower()}")
     for share in (0.02, 0.2, 0.5, 0.9):
         file.write_bytes(content[: int(share * len(content))])
-        refused(file, "cannot read the image", of=lambda _: load_images(str(folder), "train", image_size=8))
+        refused(file, "cannot be read", of=lambda _: load_images(str(folder), "train", image_size=8))
     file.write_bytes(content)
-    assert len(load_images(str(folder), "train", image_size=8)[0]) == 1
+    assert len(load_images(str(folder), "train", image_size=8).images) == 1
 
 
-def test_links_are_followed_to_regular_files_only(tmp_path):
-    """The rule: wherever they lead, out of the folder too; whatever is no regular file is refused, not waited for."""
-    (tmp_path / "else").mkdir()
-    PLAIN.save(tmp_path / "else" / "b.png")
-    folder, file = folder_with(tmp_path / "a.png")
-    file.symlink_to(tmp_path / "else" / "b.png")
-    (folder / "train" / "dog").symlink_to(tmp_path / "else")  # a class of its own
-    images, labels, classes = load_images(str(folder), "train", image_size=8)
-    assert images[:, :, 0, 0].tolist() == [list(RED)] * 2 and classes == ["cat", "dog"] and labels.tolist() == [0, 1]
-
-    def replace(make):
-        file.unlink()
-        make()
-        message = refused(file, of=lambda _: load_images(str(folder), "train", image_size=8))
-        assert "remove it" in message
-
-    replace(lambda: file.symlink_to("nowhere"))
-    replace(lambda: file.symlink_to("a.png"))  # itself
-    replace(lambda: file.symlink_to("/dev/zero"))
-    replace(lambda: os.mkfifo(file))
-    replace(file.mkdir)
-
-
-def test_names_that_are_odd(tmp_path, monkeypatch):
+def test_names_that_are_no_utf_8_are_read(tmp_path):
     folder, file = folder_with(tmp_path / "a.png", encoded(PLAIN, "PNG"))
     (file.parent / "notes.txt").write_text("no image, and ignored")
-    os.rename(file, os.path.join(os.fsencode(file.parent), b"\xff\xfe.png"))  # no UTF-8
-    assert len(load_images(str(folder), "train", image_size=8)[0]) == 1
-    (file.parent / "two\nlines \x1b[2J.png").write_bytes(b"")
-    message = refused(file.parent, of=lambda _: load_images(str(folder), "train", image_size=8))
-    assert r"two\nlines \x1b[2J.png" in message and message.isprintable()
-    (file.parent / "two\nlines \x1b[2J.png").unlink()
-
-    def unreadable(path):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(os, "scandir", unreadable)  # the tests may run as one who may read everything
-    refused(folder / "train", "cannot list", of=lambda _: load_images(str(folder), "train", image_size=8))
+    os.rename(file, os.path.join(os.fsencode(file.parent), b"\xff\xfe.png"))
+    assert len(load_images(str(folder), "train", image_size=8).images) == 1
 
 
-def test_images_that_do_not_fit_into_memory(tmp_path, monkeypatch):
-    folder, file = folder_with(tmp_path / "a.png", encoded(PLAIN, "PNG"))
-
-    def full(*args, **kwargs):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(UserError, match="do not fit into memory"):
-        load_images(str(folder), "train", image_size=8)
-
-
-def test_a_cache_is_read_like_any_other_file(tmp_path, monkeypatch):
-    """Whatever is in its place runs nothing and is made anew."""
+def test_a_cache_runs_nothing_and_a_damaged_one_is_made_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, _ = folder_with(tmp_path / "a.png", encoded(PLAIN, "PNG"))
     cache = tmp_path / "pets.train-8.cache"
 
     def load():
-        images, _, _ = load_images(str(folder), "train", image_size=8)
+        images = load_images(str(folder), "train", image_size=8).images
         assert images.shape == (1, 3, 8, 8) and images.dtype == torch.uint8 and images[0, :, 0, 0].tolist() == list(RED)
 
     load()
     good = cache.read_bytes()
-    fingerprint = torch.load(cache, weights_only=True)["fingerprint"]
     flipped = bytearray(good)
     flipped[good.index(bytes([RED[0]] * 20))] ^= 1
-    contents = [good[: len(good) // 2], b"", bytes(flipped), pickle.dumps(Calls(os.system, "touch went-off"))]
-    shape = 1, 3, 8, 8
-    images = torch.zeros(shape, dtype=torch.uint8)
-    for value in (Calls(os.system, "touch went-off"), 7, [], {}, {"fingerprint": fingerprint},
-                  {"fingerprint": torch.ones(3), "images": images}, {"fingerprint": fingerprint, "images": 7},
-                  *({"fingerprint": fingerprint, "images": bad} for bad in (
-                      images.float(), images[0], images[:, :1], images[:0], images[:, :1, :1].clone().expand(shape)))):
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        contents.append(buffer.getvalue())
-    for content in contents:
+    for content in (good[: len(good) // 2], b"", bytes(flipped), pickle.dumps(Calls(os.system, "touch went-off"))):
         cache.write_bytes(content)
         load()
         assert cache.read_bytes() == good
-    cache.unlink(), os.mkfifo(cache)
-    load()
-    cache.unlink(), cache.mkdir()
-    load()  # with a note that it cannot be kept
+    for value in (Calls(os.system, "touch went-off"), 7, [], {"fingerprint": torch.ones(3)}):
+        torch.save(value, cache)
+        load()
+        assert cache.read_bytes() == good
     assert sorted(os.listdir()) == ["pets", "pets.train-8.cache"]
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
-TEXT = ["", "x" * 300, "a/" * 3000, "a\x1b[2J", "two\nlines", "\udcff"]
-WHOLE = ["0", "-1", "1.5", "1e3", "nan", "inf", "", " ", "x", "\u0661", "1_000", str(2**31), "9" * 5000]  # an Arabic 1
-REAL = ["0", "-1", "nan", "inf", "-inf", "1e400", "1e-400", "", "x", "\u0661", "1_0.0"]
-WEIGHT = [value for value in REAL if value not in ("0", "1e-400")]
-SEED = ["-1", "1.5", "nan", "", "x", "\u0661", "1_000", str(2**32), "9" * 5000]
-CHOICE = ["", "x", "\u0661", "CPU", "two\nlines"]
-SWITCH = ["1", "true", ""]  # --flag=value
-WRONG = {
-    "--dataset": TEXT, "--data-dir": TEXT, "--output": TEXT, "--pretrained": TEXT, "--json": TEXT, "--markdown": TEXT,
-    "--plot": TEXT, "CKPT": TEXT, "LOG": TEXT, "JSON": TEXT, "--runs": TEXT, "--pages": TEXT, "--finished": TEXT,
-    "--epochs": WHOLE, "--batch-size": WHOLE, "--image-size": [*WHOLE, "1025"], "--limit": WHOLE, "--passes": WHOLE,
-    "--train-sizes": WHOLE, "--columns": WHOLE, "--pairs": WHOLE, "--n": WHOLE, "--repeats": WHOLE, "--sizes": WHOLE,
-    "--batches": WHOLE, "--save-every": WHOLE, "--steps": WHOLE, "--images": WHOLE, "--workers": WHOLE,
-    "--processes": WHOLE,
-    "--jobs": WHOLE, "--minutes": REAL, "--seeds": SEED,
-    "--threads": [*WHOLE, "1025"],
-    "--lr": REAL, "--temperature": REAL,
-    "--inv": WEIGHT, "--equi": WEIGHT, "--trans": WEIGHT, "--weight-decay": WEIGHT,
-    "--seed": SEED,
-    "--encoder": CHOICE, "--device": CHOICE, "--precision": CHOICE, "--critic": CHOICE, "--preset": CHOICE,
-    "--batch": CHOICE, "--compile": CHOICE, "--data-on": CHOICE, "--classifiers": CHOICE, "--peers": CHOICE,
-    "--architecture": CHOICE, "--scripts": CHOICE, "PICTURE": CHOICE, "what": CHOICE,
-    "--rows": CHOICE, "--features": CHOICE, "--scale": CHOICE, "--methods": CHOICE, "family": CHOICE,
-    "--from-scratch": SWITCH, "--steerable": SWITCH, "--mean-target": SWITCH, "--augmix": SWITCH,
-    "--mean-per-class": SWITCH, "--quick": SWITCH,
-    "--check": SWITCH, "--sync-bn": SWITCH, "--deterministic": SWITCH, "--resume": SWITCH,
-    "--no-usual": SWITCH, "--equivariance": SWITCH, "--per-image": WHOLE, "--transformations": CHOICE,
-}
-SCRIPTS = sorted(str(path.relative_to(ROOT).with_suffix("")) for folder in (".", "results", "benchmarks")
-                 for path in (ROOT / folder).glob("*.py") if "parse_args()" in path.read_text())
+NOT_NUMBERS = ["", " ", "x", "nan", "inf", "-inf", "1e400", "9" * 5000]
 
 
-class Parsed(Exception):
-    """Ends a script once its parser is made."""
-
-
-def parsers_of(script):
-    """The parsers of a script, its own and its subcommands', before any is used."""
-    found = []
-
-    def stop(parser, *args):
-        found.append(parser)
-        raise Parsed
-
-    specification = importlib.util.spec_from_file_location(script.replace("/", "_"), ROOT / f"{script}.py")
-    module = importlib.util.module_from_spec(specification)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path, str(ROOT)])
-        patch.setattr(sys, "argv", [f"{Path(script).name}.py"])
-        specification.loader.exec_module(module)
-        patch.setattr(common.Parser, "parse_args", stop)
-        with pytest.raises(Parsed):
-            getattr(module, "parse_args", module.main)()
-    (parser,) = found
-    subcommands = [action.choices for action in parser._actions if isinstance(action.choices, dict)
-                   and all(isinstance(choice, common.Parser) for choice in action.choices.values())]
-    return [parser, *(subcommand for choices in subcommands for subcommand in choices.values())]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_refuses_what_is_wrong(script, capsys):
-    """The flags are the parser's own, so that one without a row in the table fails here."""
-    tried = 0
-    for parser in parsers_of(script):
-        capsys.readouterr()  # what importing it may have said
-        actions = [action for action in parser._actions if action.dest != "help"]
-        names = {action: action.option_strings[-1] if action.option_strings else action.metavar or action.dest
-                 for action in actions}
-        needed = ["codes.ckpt" if action.choices is None else list(action.choices)[0] for action in actions
-                  if not action.option_strings]
-        for action, name in names.items():
-            assert name in WRONG, f"{script} has a flag {name} without a row in WRONG"
-            for value in WRONG[name]:
-                given = [f"{name}={value}"] if action.option_strings else [value]
-                with pytest.raises(SystemExit) as ended:
-                    parser.parse_args([*(needed if action.option_strings else []), *given])
-                message = capsys.readouterr().err
-                assert ended.value.code == 2 and message.count("\n") == 1, (name, value, message)
-                assert message.startswith(f"{Path(script).name}.py") and ": error: " in message and len(message) < 6000
-                assert message.rstrip("\n").isprintable(), (name, value)
-                tried += 1
-    assert tried >= len(TEXT)
+@pytest.mark.parametrize("kind, good, wrong", [
+    (common.positive_int, ["1", "256", str(2**31 - 1)], ["0", "-1", "1.5", "1e3", str(2**31)]),
+    (common.seed_int, ["0", str(2**32 - 1)], ["-1", "1.5", str(2**32)]),
+    (common.image_side, ["8", "1024"], ["0", "7", "1025", "32.0"]),
+    (common.positive_float, ["1e-4", "3"], ["0", "-1", "1e-400"]),
+    (common.non_negative_float, ["0", "5e-4"], ["-1", "-1e-9"]),
+])
+def test_numbers_out_of_range_are_one_sentence(kind, good, wrong, capsys):
+    parser = common.Parser(prog="a.py")
+    parser.add_argument("--flag", type=kind)
+    for text in good:
+        assert parser.parse_args([f"--flag={text}"]).flag == float(text)
+    for text in NOT_NUMBERS + wrong:
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([f"--flag={text}"])
+        message = capsys.readouterr().err
+        assert ended.value.code == 2 and message.count("\n") == 1 and message.startswith("a.py: error: argument --flag")
 
 
 @pytest.mark.parametrize("command", [
-    "predictive_transform.py --image-size 5 --dataset digits", "avt.py --encoder alexnet --image-size 31",
+    "predictive_transform.py --image-size 5 --dataset digits", "avt.py --lr nan",
+    "avt.py --dataset digits --encoder alexnet --image-size 31", "avt.py --dataset digits --encoder resnet18",
     "vte_ba.py", "vte_infonce.py --pretrained a.ckpt --from-scratch", "stl.py --inv 0 --equi 0 --trans 0",
-    "probe.py", "probe.py a.ckpt --json a.txt", "results/figures.py", "results/figures.py curves",
-    "benchmarks/forms.py critic --n 0", "benchmarks/resources.py --architecture 1.0",
+    "probe.py", "probe.py a.ckpt --json a.txt", "equivariance.py", "study/figures.py", "study/figures.py curves",
     "benchmarks/warp.py --sizes 7", "benchmarks/warp.py --processes 2 --check", "avt.py --epoch", "avt.py ten",
 ])
 def test_wrong_commands_end_with_2_and_one_sentence(command, tmp_path, monkeypatch, capsys):
@@ -642,11 +469,3 @@ def test_wrong_commands_end_with_2_and_one_sentence(command, tmp_path, monkeypat
     message = capsys.readouterr().err
     assert ended.value.code == 2 and message.count("\n") == 1 and ": error: " in message, message
     assert os.listdir() == []
-
-
-def test_a_wrong_flag_in_a_process_of_its_own(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "avt.py", "--lr", "nan"], cwd=tmp_path, capture_output=True,
-                            text=True, timeout=100)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == ("avt.py: error: argument --lr: 'nan' is not a number above 0 (--help lists what can be "
-                             "given)\n")
