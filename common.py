@@ -417,7 +417,8 @@ class Parser(argparse.ArgumentParser):
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
+            silent = action.default is None or action.default is False  # help says what None means
+            return action.help if silent else super()._get_help_string(action)
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=self.Help, **kwargs)
