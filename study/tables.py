@@ -90,16 +90,27 @@ def write_results(results, path):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+RESULTS = {"study": str, "title": str, "scale": str, "pieces": list, "parts": dict}
+PART = {"settings": list, "command": str, "seconds": (int, float), "piece": int}
+TRAINING = {**PART, "checkpoint": str, "epochs": int, "images": int, "log": dict}
+EVALUATION = {**PART, "rows": list}
+
+
 def read_results(path):
     """What `write_results` wrote. Raises UserError."""
+    def check(entry, kinds):
+        for name, kind in kinds.items():
+            if not isinstance(entry[name], kind):
+                raise TypeError(f"{name} is {entry[name]}")
+
     try:
         results = json.loads(path.read_text())
+        check(results, RESULTS)
         for part in results["parts"].values():
-            part["command"] + "", part["settings"] + [], part["seconds"] + 0.0
-            if "rows" not in part:
-                part["epochs"] + part["images"], part["log"].keys(), part["checkpoint"] + ""
-        measurements(results), provenance(results), results["title"] + results["study"] + results["scale"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            check(part, EVALUATION if "rows" in part else TRAINING)
+        measurements(results)
+        provenance(results)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"'{path}' does not hold the results of a study ({error})") from error
     return results
 
