@@ -23,10 +23,10 @@ Images are random; no data set is needed.
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -42,11 +42,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from warp import processor
-
 import common
-from common import Parser, UserError, choose_device, choose_precision, file_path, positive, run_command
+from common import Parser, UserError, choose_device, choose_precision, positive_int, provenance, run_command
+from minter_warp import transformation_target
 
 SCRIPTS = {
     "predictive_transform": ["predictive_transform"],
@@ -94,7 +92,8 @@ def train(name, images, args, folder, *flags):
     command = [f"{script}.py", *own, "--dataset", "random", "--batch-size", args.batch_size, "--device", args.device,
                "--image-size", images.shape[-1], "--lr", "1e-4", "--save-every", 1000, "--output", output, *flags]
     command = [str(Path(folder) / "pt.ckpt") if part == "PT" else str(part) for part in command]
-    with replaced(sys, argv=command), replaced(common, load_images=lambda *_: (images, None, ["a"])), silent():
+    data = common.Images(images, None, [], images.shape[-1])
+    with replaced(sys, argv=command), replaced(common, load_images=lambda *_: data), silent():
         module.train(module.parse_args())
     return [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
 
@@ -214,7 +213,7 @@ def model_of(name, size, features=512):
 
     def loss_of(*batch):
         images, transformed, coefficients = batch[0], batch[-2], batch[-1]
-        t = common.transformation_target(coefficients, size)
+        t = transformation_target(coefficients, size)
         if script == "predictive_transform":
             prediction, z, logvar = model(transformed)
             return module.predictive_transform_loss(prediction, t, z, logvar)[0]
@@ -355,16 +354,14 @@ def measure_steps(args):
 def measure_scale(args):
     """The same steps out of ever more images."""
     rows = []
-    for where in ("device", "host"):
-        for n in args.images:
-            images = random_images(n, args.image_size)
-            with tempfile.TemporaryDirectory() as folder, batches_limited_to(args.steps):
-                log = train("predictive_transform", images, args, folder, "--epochs", 2, "--data-on", where)
-            seconds = args.steps * args.batch_size / log[1]["images_per_second"]
-            rows.append({"images": n, "kept_on": where, "images_per_second": log[1]["images_per_second"],
-                         "microseconds_per_image": 1e6 * seconds / (args.steps * args.batch_size)})
-            print(f"{n:10,} images on the {where:7}{rows[-1]['images_per_second']:10,.0f} images/s", flush=True)
-            args.keep({"rows": rows})
+    for n in args.images:
+        images = random_images(n, args.image_size)
+        with tempfile.TemporaryDirectory() as folder, batches_limited_to(args.steps):
+            log = train("predictive_transform", images, args, folder, "--epochs", 2)
+        rate = log[1]["images_per_second"]
+        rows.append({"images": n, "images_per_second": rate, "microseconds_per_image": 1e6 / rate})
+        print(f"{n:10,} images{rate:10,.0f} images/s", flush=True)
+        args.keep({"rows": rows})
     return {"rows": rows}
 
 
@@ -408,7 +405,7 @@ def measure_compile(args):
 
 def measure_precision(args):
     """Phase one on scikit-learn's digits; the loss of the last epoch, some seeds in each precision."""
-    digits, rows = common.load_images("digits", "train", image_size=args.image_size)[0], []
+    digits, rows = common.load_images("digits", "train", image_size=args.image_size).images, []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.repeats):
             for precision in ("fp32", "bf16"):
@@ -467,12 +464,12 @@ def measure_beside(args):
 
 def measure_memory(args):
     """Resident memory each hundred steps of a small run."""
-    images, held = random_images(2000, 8), []
+    images, held, done = random_images(2000, 8), [], itertools.count(1)
     step = common.Run.step
 
     def watched(self, *arguments):
         step(self, *arguments)
-        if self._done % 100 == 0:
+        if next(done) % 100 == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             held.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
@@ -494,6 +491,7 @@ def measure_probe(args):
     whole = probe.Representation(None, "random", None, (train, None), (test, None))
     few = probe.Representation(None, "random", None, (train[:5000], None), (test, None))
     device, times, index = torch.device(args.device), {}, torch.arange(50000)
+    settings = probe.Settings(1, 0, torch.device("cpu"), torch.float32)
 
     def timed(name, run):
         start = time.perf_counter()
@@ -505,9 +503,9 @@ def measure_probe(args):
     probe.vote_of_nearest(train[:10].to(device), labels[:10].to(device), test[:10].to(device), 5)  # warm-up
     ours = timed("k-NN, chunks in torch", lambda: probe.vote_of_nearest(
         train.to(device), labels.to(device), test.to(device), 5).cpu().numpy())
-    theirs = timed("k-NN, scikit-learn", lambda: next(probe.knn_predictions(whole, index, labels, 1,
-                                                                            torch.device("cpu"))))
-    fits = [probe.logistic_predictions(few, index[:5000], labels[:5000], 1, seed) for seed in range(4)]
+    theirs = timed("k-NN, scikit-learn", lambda: probe.knn_predictions(whole, index, labels, settings)[0])
+    fits = [probe.logistic_predictions(few, index[:5000], labels[:5000], settings._replace(seed=seed))
+            for seed in range(4)]
     warnings.simplefilter("ignore")  # 100 iterations are not enough to converge, as in the paper
     timed("four logistic fits, one after the other", lambda: [fit() for fit in fits])
     timed("four logistic fits, side by side", lambda: list(probe.run_ahead(iter(fits), os.cpu_count())))
@@ -524,26 +522,21 @@ def main():
     add("what", choices=KINDS)
     add("--scripts", nargs="+", choices=SCRIPTS, metavar="NAME", help=f"default: all of {', '.join(SCRIPTS)}")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--batch-size", type=positive(int), default=256)
-    add("--image-size", type=positive(int, common.MAX_IMAGE_SIZE), default=32)
-    add("--steps", type=positive(int), default=4, help="of an epoch; some hundred on a GPU (default: %(default)s)")
-    add("--repeats", type=positive(int), default=3, help="runs of each, or seeds (default: %(default)s)")
-    add("--epochs", type=positive(int), default=8, help="precision: of each run (default: %(default)s)")
-    add("--images", type=positive(int), nargs="+", default=[10_000, 50_000, 500_000], help="scale: how many")
-    add("--jobs", type=positive(int), nargs="+", default=[1, 2, 4, 6, 8], help="beside: how many")
-    add("--workers", type=positive(int), help="of the usual pipeline's DataLoader (default: as many as cores)")
+    add("--batch-size", type=positive_int, default=256)
+    add("--image-size", type=common.image_side, default=32)
+    add("--steps", type=positive_int, default=4, help="of an epoch; some hundred on a GPU")
+    add("--repeats", type=positive_int, default=3, help="runs of each, or seeds")
+    add("--epochs", type=positive_int, default=8, help="precision: of each run")
+    add("--images", type=positive_int, nargs="+", default=[10_000, 50_000, 500_000], help="scale: how many")
+    add("--jobs", type=positive_int, nargs="+", default=[1, 2, 4, 6, 8], help="beside: how many")
+    add("--workers", type=positive_int, help="of the usual pipeline's DataLoader (default: as many as cores)")
     add("--usual", action=argparse.BooleanOptionalAction, default=True, help="step: also time the usual pipeline")
-    add("--output", type=file_path, help="JSON file for the figures")
+    add("--output", help="JSON file for the figures")
     args = parser.parse_args()
-    choose_device(args.device)
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"cannot write '{args.output}': there is no such folder", exit_code=2)
-    record = {"command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]), "device": args.device,
-              "processor": processor(), "cores": os.cpu_count(),
-              "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+    record = {**provenance(choose_device(args.device)), "device": args.device, "cores": os.cpu_count(),
               "load_average_before": os.getloadavg()[0]}
-    if args.device == "cuda":
-        record["gpu"] = torch.cuda.get_device_name()
 
     def keep(result):
         """After each row, too: what has been measured is there, whatever ends the rest."""

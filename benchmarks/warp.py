@@ -38,7 +38,6 @@ import importlib
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -51,22 +50,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (
-    CUDA_ARCHITECTURES,
-    STATISTICS,
-    Parser,
-    UserError,
-    choose_device,
-    file_path,
-    minter_warp,
-    normalization,
-    positive,
-    projective_warp,
-    run_command,
-    sample_coefficients,
-    sample_crops,
-    warp_batch,
-)
+from common import STATISTICS, Parser, UserError, choose_device, positive_int, provenance, run_command
+from minter_warp import normalization, projective_warp, sample_coefficients, sample_crops, warp_batch
+from minter_warp.ops import _C, CUDA_ARCHITECTURES
 
 FILL = 128
 LARGEST_BATCH = 4e9  # bytes in float32
@@ -129,17 +115,17 @@ def ours(problem, target=None, reuse=False):
                                 out=out)
 
     def run_on_target():
-        minter_warp.set_cpu_target(target)
+        _C.set_cpu_target(target)
         output = run()
-        minter_warp.set_cpu_target(default)
+        _C.set_cpu_target(default)
         return output
 
-    default = minter_warp.cpu_targets()[0]
+    default = _C.cpu_targets()[0]
     return run if target is None else run_on_target
 
 
 def take_crop_flip(images, index, crops):
-    """As common.crop_and_flip_reference does, in the fastest of six ways tried: one gather from padded images."""
+    """As minter_warp.crop_and_flip_reference does, in the fastest of six ways tried: one gather from padded images."""
     n, size, padding = len(index), images.shape[-1], images.shape[-1] // 8
     padded = F.pad(images.index_select(0, index), (padding,) * 4)
     pixel = torch.arange(size, device=images.device)
@@ -496,7 +482,7 @@ def time_forward(setting, problem, n, peers, args, device, bandwidth):
         entries = {mine: ours, f"{mine}, out=": functools.partial(ours, reuse=True), **entries}
     if device.type == "cpu" and (problem.size, n) == (32, 1024):
         entries.update({f"{mine}, {target}": functools.partial(ours, target=target)
-                        for target in minter_warp.cpu_targets()[1:]})
+                        for target in _C.cpu_targets()[1:]})
     counts, runs = {}, {}
     for name, make in entries.items():
         try:
@@ -553,25 +539,17 @@ def copy_bandwidth(device):
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def circumstances(args, peers, device, bandwidth):
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {"numpy": np.__version__}
     for name in peers:
         versions[MODULES[name]] = importlib.import_module(MODULES[name]).__version__
     return {
-        "device": device.type, "processor": processor(), "cores": os.cpu_count(), "threads": args.threads,
+        **provenance(device), "device": device.type, "cores": os.cpu_count(), "threads": args.threads,
         "load_average_before": os.getloadavg()[0], "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_targets": minter_warp.cpu_targets(), "build": minter_warp.build_info(), "versions": versions,
+        "cpu_targets": _C.cpu_targets(), "build": _C.build_info(), "versions": versions,
         "environment": {name: value for name, value in os.environ.items()
                         if name.startswith(("MALLOC_", "OMP_", "GOMP_", "KMP_"))},
-        **({"gpu": torch.cuda.get_device_name(device), "copy_bytes_per_second": bandwidth} if bandwidth else {}),
+        **({"copy_bytes_per_second": bandwidth} if bandwidth else {}),
     }
 
 
@@ -699,18 +677,18 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--sizes", type=positive(int), nargs="+", default=[32, 64, 96, 224], help="sides in pixels, 8 or more")
-    add("--batches", type=positive(int), nargs="+", help="N (default: 64 1024 16384, on CUDA 65536 too at size 32)")
-    add("--threads", type=positive(int, 1024), default=torch.get_num_threads())
-    add("--repeats", type=positive(int), default=15, help="samples of each time at most (default: %(default)s)")
-    add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with (default: all)")
+    add("--sizes", type=positive_int, nargs="+", default=[32, 64, 96, 224], help="sides in pixels, 8 or more")
+    add("--batches", type=positive_int, nargs="+", help="N (default: 64 1024 16384, on CUDA 65536 too at size 32)")
+    add("--threads", type=positive_int, default=torch.get_num_threads())
+    add("--repeats", type=positive_int, default=15, help="samples of each time at most")
+    add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with")
     add("--quick", action="store_true", help="size 32 with N of 64 and 1024, and no other backward, in a minute")
-    add("--processes", type=positive(int), default=1, help="how many measure it all, one after the other (default: 1)")
+    add("--processes", type=positive_int, default=1, help="how many measure it all, one after the other")
     add("--check", action="store_true", help="see whether all agree, and time nothing")
-    add("--output", type=file_path, help="JSON file for the figures")
-    add("--plot", type=file_path, help="PNG file for the picture")
+    add("--output", help="JSON file for the figures")
+    add("--plot", help="PNG file for the picture")
     args = parser.parse_args()
-    if minter_warp is None:
+    if _C is None:
         raise UserError("the compiled warp, which is what is measured here, is not built: `make setup` builds it")
     device = choose_device(args.device)
     if device.type == "cuda" and CUDA_ARCHITECTURES is None:
@@ -728,7 +706,7 @@ def main():
     peers = installed(args.peers, device)
     if {"opencv", "opencv-each"} & set(peers):
         importlib.import_module("cv2").setNumThreads(args.threads)
-    command = {"command": " ".join(["python", "benchmarks/warp.py", *sys.argv[1:]])}
+    command = {"command": provenance(device)["command"]}
     if args.processes > 1:
         head, agreement, rows = repeated(args, sizes)
         show_repeated(rows)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import common
+from minter_warp.ops import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(common.minter_warp is None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 
 
 def benchmark(*flags, cwd, **environment):
