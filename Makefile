@@ -4,12 +4,12 @@
 # make sanitize   the warp's C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench   the warp against what else there is, on the CPU; installs those libraries too
 # make bench-train  where the time of a training step goes, on the CPU
-# make bench-gpu  on a GPU: tests, sanitizer, resources of the kernels, benchmarks of the warp and of training
+# make bench-gpu  on a GPU: tests, sanitizers, benchmarks of the warp and of training; each also a target of its own
 # make reproduce  on a GPU: VTE's Tables 1-4 with three seeds, into RESULTS.md; with DATA=DIR, CIFAR-10 in files, 1-3
 # make reproduce-small  the same at a small scale, on two CPU cores in some 85 minutes
 # make reproduce-stl  on a GPU: STL, SimCLR and STL with AugMix; reproduce-stl-small on a CPU
 # make lint    ruff
-# make setup   .venv with all that is needed and the compiled warp; done once
+# make setup   .venv with all that is needed and the compiled warp, which the others do first
 # make clean   removes what the others made
 
 PYTHON ?= python3
@@ -49,14 +49,14 @@ fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py tests/test_cuda_steps.py
 
 # Python itself is not instrumented, so the sanitizer's runtime is loaded first, and libstdc++ for it to see exceptions.
-# A giant allocation is to fail as it would without it; inductor compiles in processes of its own.
-SANITIZED := build/sanitize
+# Giant allocations must fail as they would without it. inductor, which compiles in other processes, is left out.
+SANITIZED := build/sanitized
 sanitize: setup
-	MINTER_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
+	MINTER_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	    PYTHONPATH=$(SANITIZED) HYPOTHESIS_PROFILE=sanitize MINTER_SANITIZE=1 \
-	    $(BIN)/python -m pytest --capture=sys tests/test_warp.py tests/test_fuzz.py tests/test_cuda_steps.py \
+	    PYTHONPATH=$(SANITIZED):. HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),sanitize) MINTER_SANITIZE=1 \
+	    $(BIN)/pytest -o pythonpath= --capture=sys tests/test_warp.py tests/test_fuzz.py tests/test_cuda_steps.py \
 	    -k 'not graph_break'
 
 bench: setup
@@ -66,16 +66,17 @@ bench: setup
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 \
 	    $(BIN)/python benchmarks/warp.py --output results/warp-cpu-memory-kept.json
 
+TRAINING := $(BIN)/python benchmarks/train.py
 bench-train: setup
-	$(BIN)/python benchmarks/train.py step --output results/train-cpu.json
-	$(BIN)/python benchmarks/train.py scale --output results/train-scale-cpu.json
-	$(BIN)/python benchmarks/train.py compile --output results/train-compile-cpu.json
-	$(BIN)/python benchmarks/train.py precision --output results/train-precision-cpu.json
-	$(BIN)/python benchmarks/train.py memory --output results/train-memory-cpu.json
-	$(BIN)/python benchmarks/train.py probe --output results/probe-times-cpu.json
+	$(TRAINING) step --output results/train-cpu.json
+	$(TRAINING) scale --output results/train-scale-cpu.json
+	$(TRAINING) compile --output results/train-compile-cpu.json
+	$(TRAINING) precision --output results/train-precision-cpu.json
+	$(TRAINING) memory --output results/train-memory-cpu.json
+	$(TRAINING) probe --output results/probe-times-cpu.json
 
-# Where all packages are there already and none can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python
-# Each of its four parts is a target of its own, and what a part has measured so far lies in INTO whatever ends it.
+# Where nothing can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python. INTO has what was measured so
+# far, whatever ends it.
 GPU ?= h200
 INTO ?= results
 TOOLS ?= memcheck racecheck initcheck synccheck
@@ -93,16 +94,15 @@ bench-gpu-sanitizers: setup
 	done
 
 bench-gpu-warp: setup
-	$(BIN)/python benchmarks/resources.py --output $(INTO)/warp-cuda-resources.json
 	$(BIN)/python benchmarks/warp.py --device cuda --output $(INTO)/warp-$(GPU).json --plot $(INTO)/warp-$(GPU).png
 
 bench-gpu-train: setup
-	$(BIN)/python benchmarks/train.py step --device cuda --steps 200 --output $(INTO)/train-$(GPU).json
-	$(BIN)/python benchmarks/train.py compile --device cuda --steps 200 --output $(INTO)/train-compile-$(GPU).json
-	$(BIN)/python benchmarks/train.py beside --device cuda --steps 200 --output $(INTO)/train-beside-$(GPU).json
-	$(BIN)/python benchmarks/train.py scale --device cuda --steps 200 --output $(INTO)/train-scale-$(GPU).json
-	$(BIN)/python benchmarks/train.py precision --device cuda --epochs 20 --output $(INTO)/train-precision-$(GPU).json
-	$(BIN)/python benchmarks/train.py probe --device cuda --output $(INTO)/probe-times-$(GPU).json
+	$(TRAINING) step --device cuda --steps 200 --output $(INTO)/train-$(GPU).json
+	$(TRAINING) compile --device cuda --steps 200 --output $(INTO)/train-compile-$(GPU).json
+	$(TRAINING) beside --device cuda --steps 200 --output $(INTO)/train-beside-$(GPU).json
+	$(TRAINING) scale --device cuda --steps 200 --output $(INTO)/train-scale-$(GPU).json
+	$(TRAINING) precision --device cuda --epochs 20 --output $(INTO)/train-precision-$(GPU).json
+	$(TRAINING) probe --device cuda --output $(INTO)/probe-times-$(GPU).json
 
 # The studies (study/study.mk has the rest): stopped and called again, these go on. `make -k -j6 reproduce` on a GPU;
 # `timeout 9m make reproduce SEEDS=0` for nine minutes of one seed. DATA=DIR takes CIFAR-10 as files.
@@ -150,4 +150,4 @@ demo: setup
 	@echo "pictures: $(RUNS)/transformations.png $(RUNS)/curves.png $(RUNS)/codes.png; tables: $(RUNS)/probe.md"
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs/demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build minter_warp/_C.* *.egg-info runs/demo .pytest_cache .ruff_cache .hypothesis

@@ -1100,6 +1100,8 @@ def test_a_build_without_cuda_leaves_the_gpu_to_the_reference(monkeypatch):
 
 def test_the_build_says_what_it_holds():
     info = minter_warp.build_info()
+    if os.environ.get("MINTER_SANITIZE") == "1":
+        assert "/build/sanitized/" in _C.__file__
     assert info["compiler"] and info["torch"].startswith("2.")
     if torch.cuda.is_available():
         assert info["cuda_architectures"]
