@@ -262,8 +262,6 @@ def decode(path, image_size):
 def list_images(folder, split):
     """Image files of a folder: [(path, label or None)], class names. The classes take turns, so that the first n are
     balanced. Folders within a class are walked; hidden files and folders are not."""
-    from torchvision.datasets.folder import make_dataset
-
     def is_image(path):
         hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
         return not hidden and Path(path).suffix.lower() in IMAGE_SUFFIXES
@@ -282,7 +280,9 @@ def list_images(folder, split):
     if unknown:
         raise UserError(f"'{root / unknown[0]}' has no counterpart in '{training}'")
     numbers = {name: number for number, name in enumerate(classes) if (root / name).is_dir()}
-    found = make_dataset(str(root), numbers or {"": 0}, is_valid_file=is_image, allow_empty=True)
+    found = [(os.path.join(inner, file), label) for name, label in (numbers or {"": 0}).items()
+             for inner, _, files in sorted(os.walk(root / name, followlinks=True)) for file in sorted(files)]
+    found = [(path, label) for path, label in found if is_image(path)]
     if not found:
         raise UserError(f"'{root}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): it must hold {LAYOUT}")
     seen = collections.Counter()

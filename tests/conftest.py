@@ -19,7 +19,7 @@ def the_device_is_the_cpu_unless_asked_for():
     """So that the tests check the same where there is a GPU; forks.py has the same for processes of their own."""
     choose_device = common.choose_device
     with pytest.MonkeyPatch.context() as patch:  # its own, which no test undoes
-        for name in {"common", "probe", "reproduce"} & sys.modules.keys():
+        for name in {"common", "probe"} & sys.modules.keys():
             patch.setattr(sys.modules[name], "choose_device",
                           lambda device: choose_device("cpu" if device == "auto" else device))
         yield
