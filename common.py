@@ -280,7 +280,7 @@ def list_images(folder, split):
     if unknown:
         raise UserError(f"'{root / unknown[0]}' has no counterpart in '{training}'")
     numbers = {name: number for number, name in enumerate(classes) if (root / name).is_dir()}
-    found = [(os.path.join(inner, file), label) for name, label in (numbers or {"": 0}).items()
+    found = [(os.path.join(inner, file), label) for name, label in (numbers if classes else {"": 0}).items()
              for inner, _, files in sorted(os.walk(root / name, followlinks=True)) for file in sorted(files)]
     found = [(path, label) for path, label in found if is_image(path)]
     if not found:

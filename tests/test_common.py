@@ -249,6 +249,13 @@ def test_folder_problems_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="test/bird' has no counterpart in '.*train'"):
         load_images(str(folder), "test")
 
+    loose = tmp_path / "loose"
+    make_folder(loose, splits=("train",))
+    (loose / "test").mkdir()
+    Image.new("RGB", (8, 8)).save(loose / "test" / "0.png")  # of no class
+    with pytest.raises(UserError, match="loose/test' holds no images"):
+        load_images(str(loose), "test")
+
     def unreadable(path):
         raise PermissionError(13, "Permission denied", path)
 
