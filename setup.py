@@ -107,4 +107,4 @@ class Build(BuildExtension):
 extension = (CppExtension if home is None else CUDAExtension)(
     "minter_warp._C", sources, extra_link_args=sanitizers,
     extra_compile_args={"cxx": [*flags, *exact, *sanitizers], "nvcc": [*flags, "--threads=2", "-lineinfo"]})
-setuptools.setup(packages=["minter_warp"], ext_modules=[extension], cmdclass={"build_ext": Build})
+setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})
