@@ -432,7 +432,8 @@ def number(kind, least, most=math.inf):
     def parse(text):
         value = kind(text)
         if not least <= value <= most or math.isinf(value):
-            limits = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:,}"
+            above = "above 0" if 0 < least < 1 else f"of {least:g} or more"
+            limits = above if most == math.inf else f"from {least:g} to {most:,}"
             raise argparse.ArgumentTypeError(f"'{text}' is not a number {limits}")
         return value
 
@@ -482,6 +483,7 @@ def training_parser(description, example, output, lr=1e-4, lr_advice=ADAM_ADVICE
 def run_command(main):
     """Runs a script's main: a UserError becomes one sentence and its exit code."""
     warnings.formatwarning = lambda message, *_: f"{Path(sys.argv[0]).name}: warning: {message}\n"
+    warnings.filterwarnings("once", category=UserWarning, append=True)  # not once for each line that warns
     try:
         main()
     except UserError as error:
@@ -772,8 +774,9 @@ class Run:
                                     self.made_with)
         if self.epoch % self.args.save_every == 0:
             self._saved = self.epoch
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "loss")
-        self.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {row['images_per_second']:,.0f} images/s")
+        shown = "  ".join(f"{name} {value:{'.3f' if abs(value) < 1 else '.3g'}}" for name, value in means.items()
+                          if name != "loss")  # in 100 characters, also STL's five
+        self.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {row['images_per_second']:,.0f}/s")
 
     def finish(self, script, *flags, same=()):
         """Says what was written and the next command, which has the settings named in `same` where they are not the
