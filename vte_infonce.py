@@ -81,8 +81,10 @@ class ConcatenatedCritic(nn.Module):
                 return last(hidden.to(last.weight)).view(len(part), len(a))
 
         rows = len(b) if self.deep else max(1, CHUNK.get(a.device.type, 1 << 20) // a.numel())
-        return torch.cat([recompute(scores, part, use_reentrant=False, preserve_rng_state=False,
-                                    context_fn=self.contexts) for part in b.split(rows)])
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.deep and not torch.compiler.is_compiling():  # a compiled recomputation has no side effects
+            options["context_fn"] = self.contexts
+        return torch.cat([recompute(scores, part, **options) for part in b.split(rows)])
 
     def contexts(self):
         """Of the forward pass and of the recomputation, which must not update the running statistics again."""

@@ -314,6 +314,19 @@ def test_concatenated_critic_equals_the_naive_form(deep, training, dtype, tolera
         assert (ours - theirs).abs().max() <= tolerance * max(1.0, theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_concatenated_critic_compiled_equals_itself(deep):
+    torch.manual_seed(0)
+    critic, (z_hat, z) = ConcatenatedCritic(deep), codes(8, dtype=torch.float32)
+    results = []
+    for model in (critic, torch.compile(copy.deepcopy(critic), backend="aot_eager", fullgraph=True)):
+        scores = model(z_hat, z)
+        gradients = torch.autograd.grad(scores.logsumexp(1).sum(), [z_hat, z])
+        results.append([scores, *gradients, *(buffer.float() for buffer in model.buffers())])
+    for ours, compiled in zip(*results, strict=True):
+        assert torch.allclose(ours, compiled, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [SeparatedCritic, ConcatenatedCritic, lambda: ConcatenatedCritic(deep=True)])
 def test_scores_are_not_rounded_to_bfloat16_under_autocast(make):
     """Neither for float32 codes nor for the bfloat16 codes of an encoder that is not ours."""
