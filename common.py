@@ -776,7 +776,7 @@ class Run:
             self._saved = self.epoch
         shown = "  ".join(f"{name} {value:{'.3f' if abs(value) < 1 else '.3g'}}" for name, value in means.items()
                           if name != "loss")  # in 100 characters, also STL's five
-        self.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {row['images_per_second']:,.0f}/s")
+        self.say(f"epoch {self.epoch}/{self.args.epochs}  {shown}  {row['images_per_second']:,.0f} img/s")
 
     def finish(self, script, *flags, same=()):
         """Says what was written and the next command, which has the settings named in `same` where they are not the

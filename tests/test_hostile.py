@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 import stl
@@ -351,6 +351,19 @@ def test_images_that_are_odd_are_decoded_by_the_rules(name, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pil_turns_it(orientation, tmp_path):
+    content = exif_turned(orientation=(3, 1, orientation))
+    with Image.open(io.BytesIO(content)) as image:
+        image.paste((0, 255, 0), (1, 1, 5, 3))  # of no symmetry
+        image.save(tmp_path / "a.png", exif=image.getexif())
+    with Image.open(tmp_path / "a.png") as image:
+        expected = ImageOps.exif_transpose(image)
+    found, longest = common.decode(tmp_path / "a.png", 8)
+    fitted = ImageOps.fit(expected, (8, 8), Image.Resampling.BILINEAR)
+    assert (found.permute(1, 2, 0).numpy() == np.asarray(fitted)).all() and longest == 16
+
+
 def bomb(width, height):
     """A PNG of a few bytes that says it is this large."""
     def chunk(kind, data):
@@ -424,6 +437,9 @@ def test_a_cache_runs_nothing_and_a_damaged_one_is_made_again(tmp_path, monkeypa
         torch.save(value, cache)
         load()
         assert cache.read_bytes() == good
+    cache.unlink(), cache.mkdir()
+    with pytest.warns(UserWarning, match="the decoded images are not cached"):
+        load()
     assert sorted(os.listdir()) == ["pets", "pets.train-8.cache"]
 
 
@@ -464,6 +480,7 @@ def test_wrong_commands_end_with_2_and_one_sentence(command, tmp_path, monkeypat
     script, *flags = command.split()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *flags])
+    monkeypatch.setattr("minter_warp.reference_errors", dict)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     message = capsys.readouterr().err
