@@ -99,6 +99,7 @@ class Calls:
         return self.call
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_with_flipped_bytes_and_right_checksums_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(plain_checkpoint(), "good.ckpt")
