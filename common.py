@@ -125,7 +125,7 @@ class ResNet18(nn.Module):
     def __init__(self, image_size=96, probabilistic=False):
         super().__init__()
         if probabilistic:
-            raise ValueError("resnet18 is deterministic: it has no log-variance to sample z with")
+            raise ValueError("resnet18 is deterministic and z is sampled: give one with a log-variance, nin or alexnet")
         from torchvision.models import resnet18
 
         self.trunk = resnet18(zero_init_residual=True)
@@ -184,7 +184,7 @@ def load_images(dataset, split, data_dir="data", image_size=32, limit=None):
         data = load_digits_split(split, image_size)
     elif dataset in NAMED:
         data = load_torchvision(dataset, split, data_dir, image_size)
-    elif Path(dataset).is_dir():
+    elif dataset and Path(dataset).is_dir():
         return load_folder(Path(dataset), split, image_size, limit)
     else:
         raise UserError(f"there is no data set '{dataset}': give --dataset digits, cifar10, stl10, or a folder with "
@@ -278,7 +278,7 @@ def list_images(folder, split):
                         "train/<class>/* and test/<class>/*")
     unknown = [name for name in classes_of(root) if classes and name not in classes]
     if unknown:
-        raise UserError(f"'{root / unknown[0]}' has no counterpart in '{training}'")
+        raise UserError(f"'{root / unknown[0]}' has no counterpart in '{training}': move or remove it")
     numbers = {name: number for number, name in enumerate(classes) if (root / name).is_dir()}
     found = [(os.path.join(inner, file), label) for name, label in (numbers if classes else {"": 0}).items()
              for inner, _, files in sorted(os.walk(root / name, followlinks=True)) for file in sorted(files)]
@@ -544,8 +544,15 @@ class Run:
     """
 
     def __init__(self, method, args, pretrained=None, constants=None, split="unlabeled"):
-        given = pretrained["config"] if pretrained else {}
-        args.dataset = args.dataset or given.get("dataset", "cifar10")
+        self.method, self.args, self.constants = method, args, constants or {}
+        self.output, self.log = Path(args.output), Path(args.output.removesuffix(".ckpt") + ".jsonl")
+        self.resumed_from = self._check_output()  # a checkpoint, or None
+        given = (pretrained or {}).get("config", {})
+        if args.dataset is None:
+            args.dataset = given.get("dataset") or (self.resumed_from or {}).get("config", {}).get("dataset", "cifar10")
+            if args.dataset not in NAMED and not Path(args.dataset).is_dir():
+                raise UserError(f"there is no folder '{args.dataset}', where the data of the checkpoint was: give it with "
+                                "--dataset DIR", exit_code=2)
         args.encoder = args.encoder or given.get("encoder", "alexnet" if args.dataset == "stl10" else "nin")
         args.image_size = args.image_size or given.get("image_size", 32)
         args.batch_size = args.batch_size or (512 if args.dataset == "stl10" else 256)
@@ -555,9 +562,9 @@ class Run:
                                 f"'{args.pretrained}', which was trained with {given[name]}", exit_code=2)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if args.batch_size % processes or args.batch_size < 2 * processes:
-            raise UserError(f"--batch-size {args.batch_size} does not fit {processes} process{'es' * (processes > 1)}: "
-                            "give a multiple of their number, 2 or more for each", exit_code=2)
-        self.method, self.args, self.constants, self.size = method, args, constants or {}, args.image_size
+            raise UserError(f"--batch-size {args.batch_size} does not fit: give 2 or more for each process, and a multiple "
+                            f"of their number, {processes}", exit_code=2)
+        self.size = args.image_size
         self.device = init_distributed(choose_device(args.device))
         if args.sync_bn and self.device.type == "cpu":
             raise UserError("--sync-bn is for GPUs: leave it out", exit_code=2)
@@ -565,8 +572,6 @@ class Run:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.output, self.log = Path(args.output), Path(args.output.removesuffix(".ckpt") + ".jsonl")
-        self.resumed_from = self._check_output()  # a checkpoint, or None
         with rank_zero_first():
             data = load_images(args.dataset, split, args.data_dir, self.size, args.limit)
         if not args.batch_size <= len(data.images):
@@ -595,11 +600,13 @@ class Run:
 
     def say(self, text):
         if rank() == 0:
-            with tqdm.external_write_mode():
+            with tqdm.external_write_mode(), contextlib.suppress(BrokenPipeError):  # whoever read it has gone
                 print(text, flush=True)
 
     def _check_output(self):
         """Before hours of training, not after: the checkpoint can be written, and writing it loses nothing."""
+        if self.output.is_dir():
+            raise UserError(f"--output '{self.output}' is a folder: give the name of a file", exit_code=2)
         for path in (self.output, self.log):
             if path.exists() and not self.args.resume:
                 raise UserError(f"'{path}' exists already: give another --output, or remove it, or go on from it with "
@@ -649,7 +656,7 @@ class Run:
         self._trained = getattr(model, "module", model), optimizer, schedule
         n, total, finished = len(self.images), self.args.epochs, self._restore()
         if finished >= total:
-            self.say(f"'{self.output}' has all of its {total} epochs already")
+            self.say(f"'{self.output}' has {finished} epochs already, and --epochs is {total}")
         main = threading.current_thread() is threading.main_thread()  # only there signals can be caught
         before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM) if main}
         self._bar = tqdm(total=total * n, initial=finished * n, unit=" images", leave=False,
@@ -861,7 +868,8 @@ def load_checkpoint(path, method=None):
         checkpoint = load_plain(path)
         config = checkpoint["config"]
         version, name, _ = checkpoint["format_version"], checkpoint["method"], checkpoint["epoch"] + 0
-        whole = (config["encoder"] in ENCODERS and 8 <= config["image_size"] <= 1024 and type(config["dataset"]) is str
+        encoder = config["encoder"]
+        whole = (type(encoder) is type(config["dataset"]) is str and 8 <= config["image_size"] <= 1024
                  and all(len(config[name]) == 3 and all(map(math.isfinite, config[name])) for name in ("mean", "std"))
                  and min(config["std"]) > 0 and checkpoint["encoder"].keys() and checkpoint["model"].keys())
     except PermissionError as error:
@@ -872,6 +880,8 @@ def load_checkpoint(path, method=None):
         raise UserError(f"'{path}' has format version {version}; this code reads {FORMAT_VERSION}")
     if not whole:
         raise UserError(f"'{path}' is no checkpoint of minTER, or it is truncated or damaged; train it again")
+    if encoder not in ENCODERS:
+        raise UserError(f"'{path}' has an encoder '{encoder}', which ENCODERS in common.py lacks: add it there")
     if method is not None and name != method:
         raise UserError(f"'{path}' is a checkpoint of {name}; one of {method} is needed here")
     return checkpoint

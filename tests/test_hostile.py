@@ -177,7 +177,7 @@ def test_wrong_values_in_a_checkpoint(name, tmp_path):
         target[inner] = value
         torch.save(checkpoint, path)
         message = refused(path)
-        assert "is no checkpoint of minTER" in message or "has format version" in message
+        assert any(says in message for says in ("is no checkpoint of minTER", "has format version", "ENCODERS"))
     del target[inner]
     torch.save(checkpoint, path)
     refused(path, "is no checkpoint of minTER")
