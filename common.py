@@ -551,8 +551,8 @@ class Run:
         if args.dataset is None:
             args.dataset = given.get("dataset") or (self.resumed_from or {}).get("config", {}).get("dataset", "cifar10")
             if args.dataset not in NAMED and not Path(args.dataset).is_dir():
-                raise UserError(f"there is no folder '{args.dataset}', where the data of the checkpoint was: give it with "
-                                "--dataset DIR", exit_code=2)
+                raise UserError(f"there is no folder '{args.dataset}', where the checkpoint's data was: give --dataset DIR",
+                                exit_code=2)
         args.encoder = args.encoder or given.get("encoder", "alexnet" if args.dataset == "stl10" else "nin")
         args.image_size = args.image_size or given.get("image_size", 32)
         args.batch_size = args.batch_size or (512 if args.dataset == "stl10" else 256)
@@ -562,8 +562,8 @@ class Run:
                                 f"'{args.pretrained}', which was trained with {given[name]}", exit_code=2)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if args.batch_size % processes or args.batch_size < 2 * processes:
-            raise UserError(f"--batch-size {args.batch_size} does not fit: give 2 or more for each process, and a multiple "
-                            f"of their number, {processes}", exit_code=2)
+            raise UserError(f"--batch-size {args.batch_size} does not fit: give 2 or more for each process, and a "
+                            f"multiple of their number, {processes}", exit_code=2)
         self.size = args.image_size
         self.device = init_distributed(choose_device(args.device))
         if args.sync_bn and self.device.type == "cpu":

@@ -561,7 +561,7 @@ def test_wrong_data(tmp_path):
     refused(*scratch, "--dataset", "cifar10", cwd=tmp_path, code=1, says="--dataset digits, which works offline",
             environment=nowhere)
     refused(*scratch, "--dataset", "digits", "--limit", 100, cwd=tmp_path, code=2, says="larger than the 100 training")
-    refused(*scratch, "--dataset", "digits", "--batch-size", 1, cwd=tmp_path, code=2, says="1 does not fit 1 process")
+    refused(*scratch, "--dataset", "digits", "--batch-size", 1, cwd=tmp_path, code=2, says="1 does not fit: give 2")
     refused(*scratch, "--dataset", "digits", "--sync-bn", "--device", "cpu", cwd=tmp_path, code=2, says="is for GPUs")
 
 
