@@ -551,8 +551,8 @@ class Run:
         if args.dataset is None:
             args.dataset = given.get("dataset") or (self.resumed_from or {}).get("config", {}).get("dataset", "cifar10")
             if args.dataset not in NAMED and not Path(args.dataset).is_dir():
-                raise UserError(f"there is no folder '{args.dataset}', where the checkpoint's data was: give --dataset DIR",
-                                exit_code=2)
+                raise UserError(f"there is no folder '{args.dataset}', where the checkpoint's data was: give another "
+                                "--dataset", exit_code=2)
         args.encoder = args.encoder or given.get("encoder", "alexnet" if args.dataset == "stl10" else "nin")
         args.image_size = args.image_size or given.get("image_size", 32)
         args.batch_size = args.batch_size or (512 if args.dataset == "stl10" else 256)
