@@ -506,7 +506,7 @@ def test_the_same_seed_measures_the_same_whatever_stands_beside(measured, monkey
 
 @pytest.mark.parametrize("flags, says", [
     (["--classifiers", "knn"], "unrecognized arguments: --classifiers"),
-    (["--per-image", 4], "argument --per-image: '4' is not a number 10 or more"),
+    (["--per-image", 4], "argument --per-image: '4' is not a number of 10 or more"),
     (["--markdown", "table.txt"], "give a file that ends in .md"),
     (["--json", "no/folder.json"], "in a folder that is there"),
     (["--transformations", "shear"], "invalid choice"),
