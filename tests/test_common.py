@@ -72,7 +72,7 @@ def test_a_deterministic_encoder_has_the_same_keys_without_a_log_variance(encode
 
 
 def test_an_encoder_that_does_not_fit_is_one_sentence():
-    for name, size, says in (("alexnet", 31, "32 pixels or more"), ("resnet18", 32, "no log-variance")):
+    for name, size, says in (("alexnet", 31, "32 pixels or more"), ("resnet18", 32, "deterministic and z is sampled")):
         with pytest.raises(UserError, match=f"--encoder {name} does not fit here: .*{says}") as problem:
             common.build_encoder(name, size)
         assert problem.value.exit_code == 2

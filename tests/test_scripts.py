@@ -349,7 +349,7 @@ def test_a_folder_given_relative_is_found_from_elsewhere_and_named_when_it_is_go
     try:
         (folder / "pets").rename(folder / "moved")
         refused("vte_ba.py", *OWN, "--output", "b.ckpt", "--pretrained", folder / "pt.ckpt", cwd=tmp_path, code=2,
-                says="pets': give --dataset ")
+                says="pets', where the checkpoint's data was: give another --dataset")
         refused("probe.py", folder / "pt.ckpt", cwd=tmp_path, code=2, says="--dataset DIR gives another")
         run("vte_ba.py", *OWN, "--epochs", 2, "--resume", "--dataset", folder / "moved", "--pretrained",
             folder / "pt.ckpt", cwd=tmp_path)  # the same images
@@ -560,6 +560,7 @@ def test_wrong_data(tmp_path):
     nowhere = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
     refused(*scratch, "--dataset", "cifar10", cwd=tmp_path, code=1, says="--dataset digits, which works offline",
             environment=nowhere)
+    refused(*scratch, "--dataset", "digits", "--output", "nothing", cwd=tmp_path, code=2, says="'nothing' is a folder")
     refused(*scratch, "--dataset", "digits", "--limit", 100, cwd=tmp_path, code=2, says="larger than the 100 training")
     refused(*scratch, "--dataset", "digits", "--batch-size", 1, cwd=tmp_path, code=2, says="1 does not fit: give 2")
     refused(*scratch, "--dataset", "digits", "--sync-bn", "--device", "cpu", cwd=tmp_path, code=2, says="is for GPUs")
