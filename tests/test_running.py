@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import ON_THE_CPU, shared_forks
+import torch.distributed.run
+from forks import shared_forks
 
 import predictive_transform
 from common import load_checkpoint
@@ -379,12 +380,10 @@ def test_two_processes_train_together_with_one_log_and_one_checkpoint(name, whol
     assert load_checkpoint(folder / f"together-{name}.ckpt")["epoch"] == 2
 
 
-def test_torchrun(whole):
+def test_torchrun(whole, forks):
     folder, _ = whole
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "vte_infonce.py"),
-               "--pretrained", "pt.ckpt", *FEW, "--epochs", "1", "--output", "torchrun.ckpt"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200,
-                            env={**os.environ, **ON_THE_CPU})
+    result = forks.run(torch.distributed.run.__file__, "--nproc_per_node=2", ROOT / "vte_infonce.py", "--pretrained",
+                       "pt.ckpt", *FEW, "--epochs", 1, "--output", "torchrun.ckpt", cwd=folder)
     assert result.returncode == 0, result.stderr
     (row,) = rows_of(folder / "torchrun.jsonl")
     assert row["ceiling"] == pytest.approx(3.4657, abs=1e-3)  # log 32
