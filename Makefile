@@ -43,7 +43,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
 
 # In two processes of one thread each, a file of tests at a time.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py tests/test_cuda_steps.py
