@@ -691,6 +691,8 @@ class Run:
             if schedule is not None and trained_for != self.args.epochs:
                 raise UserError(f"'{self.output}' was trained with epochs {trained_for}, not {self.args.epochs}: its "
                                 "learning rate follows from their number", exit_code=2)
+            if checkpoint.get("position"):  # weights of a part of an epoch, which older code saved
+                raise UserError(f"'{self.output}' was saved within an epoch by an older version: train it again")
             try:
                 optimizer.load_state_dict(checkpoint["optimizer"])  # the learning rate too
             except Exception as error:
