@@ -34,8 +34,8 @@ class AVT(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = nn.Sequential(
-            nn.Linear(2 * features, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
-            nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
+            nn.Linear(2 * features, 2048), nn.BatchNorm1d(2048), nn.ReLU(),
+            nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(),
             nn.Linear(1024, 8),
         )
 

@@ -61,7 +61,7 @@ def mlp(inputs, *widths):
     """Linear layers without biases, batch normalisation and ReLU between."""
     layers = []
     for i, width in enumerate(widths):
-        layers += [nn.BatchNorm1d(inputs), nn.ReLU(inplace=True)] if i else []
+        layers += [nn.BatchNorm1d(inputs), nn.ReLU()] if i else []
         layers += [nn.Linear(inputs, width, bias=False)]
         inputs = width
     return nn.Sequential(*layers)

@@ -54,12 +54,12 @@ class VTEBarberAgakov(nn.Module):
         inputs = features + 8 if steerable else features
         if deep_head:  # the paper's with AlexNet
             self.decoder = nn.Sequential(
-                nn.Linear(inputs, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
-                nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
+                nn.Linear(inputs, 2048), nn.BatchNorm1d(2048), nn.ReLU(),
+                nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(),
                 nn.Linear(1024, features),
             )
         else:  # the paper's with NIN
-            self.decoder = nn.Sequential(nn.Linear(inputs, 2048), nn.ReLU(inplace=True), nn.Linear(2048, features))
+            self.decoder = nn.Sequential(nn.Linear(inputs, 2048), nn.ReLU(), nn.Linear(2048, features))
         self.train()
 
     def train(self, mode=True):

@@ -62,12 +62,12 @@ class ConcatenatedCritic(nn.Module):
         self.deep = deep
         if deep:  # the paper's with AlexNet
             self.layers = nn.Sequential(
-                nn.Linear(2 * features, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
-                nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
+                nn.Linear(2 * features, 2048), nn.BatchNorm1d(2048), nn.ReLU(),
+                nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(),
                 nn.Linear(1024, 1),
             )
         else:  # the paper's with NIN
-            self.layers = nn.Sequential(nn.Linear(2 * features, 512), nn.ReLU(inplace=True), nn.Linear(512, 1))
+            self.layers = nn.Sequential(nn.Linear(2 * features, 512), nn.ReLU(), nn.Linear(512, 1))
 
     def forward(self, z_hat, z):
         first, between, last = self.layers[0], self.layers[1:-1], self.layers[-1]
@@ -112,11 +112,11 @@ class SeparatedCritic(nn.Module):
         def head():
             if deep:  # the paper's with AlexNet
                 return nn.Sequential(
-                    nn.Linear(features, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
-                    nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
+                    nn.Linear(features, 2048), nn.BatchNorm1d(2048), nn.ReLU(),
+                    nn.Linear(2048, 1024), nn.BatchNorm1d(1024), nn.ReLU(),
                     nn.Linear(1024, features),
                 )
-            return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(inplace=True), nn.Linear(2048, features))
+            return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, features))
 
         self.g, self.h = head(), head()
 
