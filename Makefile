@@ -69,6 +69,7 @@ bench: setup
 TRAINING := $(BIN)/python benchmarks/train.py
 bench-train: setup
 	$(TRAINING) step --output results/train-cpu.json
+	MINTER_KEEP_MEMORY=0 $(TRAINING) step --output results/train-cpu-memory-not-kept.json
 	$(TRAINING) scale --output results/train-scale-cpu.json
 	$(TRAINING) compile --output results/train-compile-cpu.json
 	$(TRAINING) precision --output results/train-precision-cpu.json

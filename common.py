@@ -483,6 +483,9 @@ def training_parser(description, example, output, lr=1e-4, lr_advice=ADAM_ADVICE
 
 def run_command(main):
     """Runs a script's main: a UserError becomes one sentence and its exit code."""
+    with contextlib.suppress(AttributeError):  # of a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # whoever started this closed it
     warnings.formatwarning = lambda message, *_: f"{Path(sys.argv[0]).name}: warning: {message}\n"
     warnings.filterwarnings("once", category=UserWarning, append=True)  # not once for each line that warns
     try:

@@ -43,6 +43,7 @@ from common import (
     build_encoder,
     choose_device,
     choose_precision,
+    keep_freed_memory,
     load_checkpoint,
     load_encoder,
     load_images,
@@ -581,6 +582,7 @@ def run_evaluation(args, evaluate, brief=False):
         if path and (Path(path).suffix != suffix or not os.access(Path(path).resolve().parent, os.W_OK)):
             raise UserError(f"cannot write '{path}': give a file that ends in {suffix}, in a folder that is there and "
                             "can be written to", exit_code=2)
+    keep_freed_memory()
     start, device = time.perf_counter(), choose_device(args.device)
     rows, tables, notes = evaluate(args, device)
     if args.json:

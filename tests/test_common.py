@@ -5,6 +5,10 @@ import hashlib
 import json
 import os
 import pickle
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,8 @@ from common import NIN, AlexNet, ResNet18, UserError, load_checkpoint, load_enco
 from predictive_transform import PredictiveTransform
 from vte_ba import VTEBarberAgakov
 from vte_infonce import SeparatedCritic, VTEInfoNCE
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_folder(root, n=3, size=(20, 30), classes=("cat", "dog"), splits=("train", "test")):
@@ -412,6 +418,26 @@ def test_checkpoint_round_trip_holds_plain_data_only(tmp_path):
     encoder = load_encoder(checkpoint, "a.ckpt")
     assert not encoder.training and torch.equal(encoder(images)[0], model.encoder(images)[0])
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]  # no temporary file is left
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+@pytest.mark.parametrize(("setting", "new_pages"), [({}, False), ({"MINTER_KEEP_MEMORY": "0"}, True)])
+def test_freed_memory_is_kept_unless_told_otherwise(setting, new_pages):
+    """64 MiB freed and asked for again, 20 times: 16,384 page faults each time (32 of huge pages), or none."""
+    code = """
+import resource, torch, common
+common.keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                            env={**settings, **setting})
+    assert result.returncode == 0, result.stderr
+    assert (int(result.stdout) > 20 * 16) == new_pages
 
 
 def test_provenance_says_what_made_a_result():
