@@ -493,6 +493,12 @@ def run_command(main):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: memory ran out; smaller or fewer images, or smaller batches, need "
+              f"less ({str(error)[:200]})", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; what the last finished epoch wrote is kept", file=sys.stderr)
         sys.exit(130)

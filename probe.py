@@ -62,7 +62,7 @@ LOGISTIC_C, LOGISTIC_ITERATIONS = 1.0, 100  # the paper's 100 iterations of SAG;
 LINEAR_WEIGHTS = np.logspace(5, -6, 45)  # L2 weight beside the mean loss; strongest first, each fit starts at the last
 LINEAR_ITERATIONS, LINEAR_VALIDATION = 100, 0.2
 LINEAR_PIXELS = 10_000_000  # labels x dimensions; raw pixels beyond it are left out: 46 fits would take long
-CALIBRATION_IMAGES, ENCODE_BATCH = 2048, 500
+CALIBRATION_IMAGES, ENCODE_PIXELS = 2048, 500 * 32**2  # pixels of a batch
 CLASSIFIERS = {
     "mlp": ("MLP", f"2048-2048-classes, Adam {MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, standardised "
                    "features"),
@@ -103,8 +103,13 @@ class Representation:
         return reparameterize(mu, logvar) if self.sampled else mu
 
 
+def encode_batch(size):
+    """How many images of this side are encoded at once: 500 of 32 pixels, fewer of larger ones."""
+    return min(500, max(2, ENCODE_PIXELS // size**2))
+
+
 @torch.no_grad()
-def encode(encoder, images, mean, std, device, dtype, batch_size=ENCODE_BATCH, index=None, apply=None):
+def encode(encoder, images, mean, std, device, dtype, batch_size=None, index=None, apply=None):
     """Images (M, 3, S, S) uint8 -> mu, logvar, (N, D) float32 on the CPU; logvar is None of a deterministic encoder.
 
     index: (N,) which images, all by default. apply: transforms a batch of them (see `equivariance.draw_projective`).
@@ -112,6 +117,7 @@ def encode(encoder, images, mean, std, device, dtype, batch_size=ENCODE_BATCH, i
     encoder = encoder.to(device, memory_format=torch.channels_last)
     images, (scale, shift) = images.to(device), normalization(mean, std, device)
     index, outputs = torch.arange(len(images)) if index is None else index, []
+    batch_size = batch_size or encode_batch(images.shape[-1])
     for rows in tqdm(torch.arange(len(index)).split(batch_size), desc="encoding", leave=False, disable=None):
         chosen = index[rows].to(device)
         if apply is None:
@@ -133,7 +139,7 @@ def random_encoder(images, config, seed, device, dtype):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the running statistics become plain averages over the batches
     n = min(CALIBRATION_IMAGES, len(images))
-    n -= n % ENCODE_BATCH == 1 and n > 1  # batch normalisation takes no last batch of one image
+    n -= n % encode_batch(images.shape[-1]) == 1 and n > 1  # batch normalisation takes no last batch of one image
     encode(encoder, images[:n], config["mean"], config["std"], device, dtype)
     return encoder.eval()
 
@@ -236,7 +242,7 @@ def finetuned_predictions(representation, index, labels, settings):
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        parts = torch.arange(len(test_images), device=device).split(ENCODE_BATCH)
+        parts = torch.arange(len(test_images), device=device).split(encode_batch(size))
         return [torch.cat([logits(warp_batch(test_images, part, scale=scale, shift=shift, dtype=dtype), False).argmax(1)
                            for part in parts]).cpu().numpy()]
 

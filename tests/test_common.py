@@ -442,6 +442,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert (int(result.stdout) > 20 * 16) == new_pages
 
 
+def test_memory_that_runs_out_is_one_sentence_and_other_errors_are_not_hidden(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        common.run_command(lambda: torch.empty(2**60, dtype=torch.uint8))
+    assert exit_.value.code == 1
+    assert "memory ran out; smaller or fewer images" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        common.run_command(lambda: torch.ones(2) + torch.ones(3))
+
+
 def test_provenance_says_what_made_a_result():
     made_with = common.provenance(torch.device("cpu"))
     assert made_with.keys() == {"command", "processor", "threads", "gpu", "python", "torch", "commit"}

@@ -184,6 +184,23 @@ def test_random_encoder_is_calibrated_on_the_images():
     assert torch.allclose(first[1].running_var, expected.var((0, 2, 3)), rtol=0.02)
 
 
+def test_large_images_are_encoded_in_smaller_batches():
+    """A step's memory is that of 500 images of 32 pixels at any size; every image is encoded once."""
+    pixels = []
+
+    class Mean(torch.nn.Module):
+        def forward(self, images):
+            pixels.append(images[:, 0].numel())
+            return images.mean((2, 3))
+
+    for size, n in ((32, 1001), (96, 120), (224, 25)):
+        pixels.clear()
+        images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
+        mu, _ = probe.encode(Mean(), images, (0, 0, 0), (1, 1, 1), torch.device("cpu"), torch.float32)
+        assert torch.allclose(mu, images.float().mean((2, 3)) / 255, atol=1e-5)
+        assert max(pixels) <= 500 * 32**2 and len(pixels) <= n * size**2 / (500 * 32**2) + 2
+
+
 def test_encode_normalises_and_does_not_depend_on_the_batch():
     torch.manual_seed(0)
     encoder = NIN().eval()
