@@ -17,6 +17,7 @@ import platform
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,11 @@ from torch import nn
 from tqdm import tqdm
 
 from minter_warp import normalization
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -675,27 +681,52 @@ class Run:
         """Yields the number of each epoch to train, 1, 2, ...; after each, logs its means, sets the next learning rate
         and writes the checkpoint."""
         self._trained = getattr(model, "module", model), optimizer, schedule
-        n, total, finished = len(self.images), self.args.epochs, self._restore()
-        if finished >= total:
-            self.say(f"'{self.output}' has {finished} epochs already, and --epochs is {total}")
+        n, total = len(self.images), self.args.epochs
         main = threading.current_thread() is threading.main_thread()  # only there signals can be caught
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM) if main}
-        self._bar = tqdm(total=total * n, initial=finished * n, unit=" images", leave=False,
-                         disable=True if rank() else None)
-        try:
-            for self.epoch in range(finished + 1, total + 1):
-                self._bar.set_description(f"epoch {self.epoch}/{total}")
-                self._start = self._shown = time.perf_counter()
-                self.generator.manual_seed(self.seed_of(self.epoch))
-                torch.manual_seed(self.seed_of(self.epoch, "noise", rank()))
-                self._sums, self._seen = {}, 0
-                model.train()
-                yield self.epoch
-                self._finish_epoch()
-        finally:
-            self._bar.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with self._locked_output():
+            finished = self._restore()
+            if finished >= total:
+                self.say(f"'{self.output}' has {finished} epochs already, and --epochs is {total}")
+            before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM) if main}
+            self._bar = tqdm(total=total * n, initial=finished * n, unit=" images", leave=False,
+                             disable=True if rank() else None)
+            try:
+                for self.epoch in range(finished + 1, total + 1):
+                    self._bar.set_description(f"epoch {self.epoch}/{total}")
+                    self._start = self._shown = time.perf_counter()
+                    self.generator.manual_seed(self.seed_of(self.epoch))
+                    torch.manual_seed(self.seed_of(self.epoch, "noise", rank()))
+                    self._sums, self._seen = {}, 0
+                    model.train()
+                    yield self.epoch
+                    self._finish_epoch()
+            finally:
+                self._bar.close()
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _locked_output(self):
+        """One run at a time writes an output. The system drops the lock of a process that ends, however it ends."""
+        if rank() or fcntl is None:
+            yield
+            return
+        with open(f"{self.output}.lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise UserError(f"'{self.output}' is being written by {lock.read() or 'another process'}: wait for it, "
+                                "or give another --output") from error
+            except OSError:  # a file system without locks
+                pass
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            try:
+                yield
+            finally:
+                Path(lock.name).unlink(missing_ok=True)
 
     def _note(self, number, frame):
         """SIGINT and SIGTERM end the run after its step; one more ends it at once."""

@@ -155,6 +155,26 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(name
     assert not list(folder.glob("*.tmp"))
 
 
+def test_one_run_at_a_time_writes_an_output_and_a_killed_one_stands_in_no_ones_way(whole, forks):
+    folder, _ = whole
+    command = [wrapper(folder), *SCRIPTS["avt"], "--output", "locked.ckpt", "--resume"]
+    first, lock = forks.start(*command, "--epochs", "1000", cwd=folder), folder / "locked.ckpt.lock"
+    until = time.monotonic() + 60
+    while not (lock.exists() and lock.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
+    second = forks.run(*command, cwd=folder)
+    assert second.returncode == 1
+    assert f"'locked.ckpt' is being written by process {first} on " in second.stderr and lock.exists()
+    os.kill(first, signal.SIGKILL)
+    assert forks.wait(first) == -signal.SIGKILL and lock.exists()
+    for path in folder.glob("locked.[cj]*[tl]"):
+        path.unlink()
+    third = forks.run(*command, cwd=folder)
+    assert third.returncode == 0, third.stderr
+    assert_same_run(folder / "avt.ckpt", folder / "locked.ckpt")
+    assert not lock.exists()
+
+
 def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(whole, forks):
     folder, _ = whole
     killing = wrapper(folder, "while_saving(3, lambda: os.kill(os.getpid(), signal.SIGKILL))")
