@@ -100,7 +100,6 @@ bench-gpu-warp: setup
 bench-gpu-train: setup
 	$(TRAINING) step --device cuda --steps 200 --output $(INTO)/train-$(GPU).json
 	$(TRAINING) compile --device cuda --steps 200 --output $(INTO)/train-compile-$(GPU).json
-	$(TRAINING) beside --device cuda --steps 200 --output $(INTO)/train-beside-$(GPU).json
 	$(TRAINING) scale --device cuda --steps 200 --output $(INTO)/train-scale-$(GPU).json
 	$(TRAINING) precision --device cuda --epochs 20 --output $(INTO)/train-precision-$(GPU).json
 	$(TRAINING) probe --device cuda --output $(INTO)/probe-times-$(GPU).json
@@ -132,7 +131,7 @@ lint: setup
 	$(BIN)/python -m ruff check .
 
 # All five rows of VTE's tables and STL, few epochs each, on 1,442 digits: to see everything work, not to compare.
-DEMO := --dataset digits --batch-size 64 --lr 2e-4 --epochs 5
+DEMO := --dataset digits --image-size 16 --batch-size 64 --lr 5e-4 --epochs 15
 PHASE_TWO := $(DEMO) --pretrained $(RUNS)/pt.ckpt
 
 demo: setup
@@ -142,8 +141,8 @@ demo: setup
 	$(BIN)/python vte_ba.py $(PHASE_TWO) --output $(RUNS)/vte_ba.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic separated --output $(RUNS)/infonce1.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic concatenated --output $(RUNS)/infonce2.ckpt
-	$(BIN)/python stl.py --dataset digits --encoder nin --batch-size 100 --limit 700 --epochs 2 --output $(RUNS)/stl.ckpt
-	$(BIN)/python study/figures.py transformations --dataset digits --output $(RUNS)/transformations.png
+	$(BIN)/python stl.py --dataset digits --encoder nin --image-size 16 --batch-size 128 --epochs 3 --output $(RUNS)/stl.ckpt
+	$(BIN)/python study/figures.py transformations --dataset digits --image-size 16 --output $(RUNS)/transformations.png
 	$(BIN)/python study/figures.py curves $(RUNS)/*.jsonl --output $(RUNS)/curves.png
 	$(BIN)/python study/figures.py codes $(RUNS)/stl.ckpt --pairs 100 --output $(RUNS)/codes.png
 	$(BIN)/python probe.py $(addprefix $(RUNS)/,avt.ckpt pt.ckpt vte_ba.ckpt infonce1.ckpt infonce2.ckpt stl.ckpt) \

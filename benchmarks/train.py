@@ -7,7 +7,6 @@
     python benchmarks/train.py precision --output results/precision.json   losses in float32 and bfloat16
     python benchmarks/train.py probe --output results/probe-times.json     k-NN, and logistic fits side by side
     python benchmarks/train.py memory --output results/train-memory.json   memory over 2,000 steps
-    python benchmarks/train.py beside --output results/train-beside.json   trainings side by side on one device
 
 step: (full) the script's own training loop; (ceiling) the same loop with every batch's tensors made beforehand, so that
 only model, loss and optimiser are left; (usual) the pipeline of AVT's and VTE's authors as one would write it today:
@@ -26,14 +25,12 @@ import contextlib
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -432,46 +429,6 @@ def measure_precision(args):
     return {"last_epoch": summary, "rows": rows}
 
 
-def train_beside(name, args, cores, barrier):
-    """One of the trainings side by side, in a process of its own, which waits for the others before its second epoch;
-    returns its images/s in the epochs after that one but for the last, when others may have ended."""
-    torch.set_num_threads(cores)
-    images = random_images(args.steps * args.batch_size, args.image_size)
-    with tempfile.TemporaryDirectory() as folder:
-        if "PT" in SCRIPTS[name]:
-            phase_one(images, args, folder)
-        whole = common.Run.batches
-
-        def together(self, *samplers, **options):
-            if self.epoch == 2:
-                barrier.wait()
-            return whole(self, *samplers, **options)
-
-        with replaced(common.Run, batches=together):
-            log = train(name, images, args, folder, "--epochs", 3 + args.repeats)
-    return [row["images_per_second"] for row in log[2:-1]]
-
-
-def measure_beside(args):
-    """How much more several processes get out of one device than one does."""
-    rows, keep = [], args.keep
-    args.keep = None  # it stays in this process
-    for name in args.scripts or ("predictive_transform", "avt", "vte_ba"):
-        for number in args.jobs:
-            cores = max(1, os.cpu_count() // number)
-            spawn = multiprocessing.get_context("spawn")
-            with spawn.Manager() as manager, ProcessPoolExecutor(number, mp_context=spawn) as pool:
-                each = name, args, cores, manager.Barrier(number, timeout=300)  # where one fails, the others do too
-                logs = list(pool.map(train_beside, *zip(*[each] * number, strict=True)))
-            rates = [statistics.median(log) for log in logs]
-            rows.append({"script": name, "processes": number, "images_per_second": rates, "together": sum(rates)})
-            alone = rows[-1]["together"] / next(row["together"] for row in rows if row["script"] == name)
-            print(f"{name:26}{number:3} side by side {sum(rates):10,.0f} images/s, {alone:.2f} times the first",
-                  flush=True)
-            keep({"rows": rows})
-    return {"rows": rows}
-
-
 def measure_memory(args):
     """Resident memory each hundred steps of a small run."""
     images, held, done = random_images(2000, 8), [], itertools.count(1)
@@ -523,7 +480,7 @@ def measure_probe(args):
 
 
 KINDS = {"step": measure_steps, "scale": measure_scale, "compile": measure_compile, "precision": measure_precision,
-         "memory": measure_memory, "probe": measure_probe, "beside": measure_beside}
+         "memory": measure_memory, "probe": measure_probe}
 
 
 def main():
@@ -538,7 +495,6 @@ def main():
     add("--repeats", type=positive_int, default=3, help="runs of each, or seeds")
     add("--epochs", type=positive_int, default=8, help="precision: of each run")
     add("--images", type=positive_int, nargs="+", default=[10_000, 50_000, 500_000], help="scale: how many")
-    add("--jobs", type=positive_int, nargs="+", default=[1, 2, 4, 6, 8], help="beside: how many")
     add("--workers", type=positive_int, help="of the usual pipeline's DataLoader (default: as many as cores)")
     add("--usual", action=argparse.BooleanOptionalAction, default=True, help="step: also time the usual pipeline")
     add("--output", help="JSON file for the figures")

@@ -5,6 +5,8 @@ import pytest
 
 import common
 
+common.keep_freed_memory()  # as every run does, for those that are parts of one
+
 
 @pytest.fixture(scope="module")
 def module_folder(tmp_path_factory):

@@ -58,14 +58,16 @@ def test_a_process_that_fails_ends_it_with_what_it_said(tmp_path):
     assert "differ by more grey levels than rounding explains: kornia" in said and "process 1 of 2 failed" in summary
 
 
-def test_trainings_side_by_side_begin_their_measured_epochs_together(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/train.py", "beside", "--device", "cpu", "--scripts", "avt"]
-    command += ["--jobs", "1", "2", "--steps", "2", "--batch-size", "4", "--image-size", "8", "--repeats", "2"]
-    command += ["--output", "figures.json"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def test_a_training_step_is_measured_beside_its_ceiling(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/train.py", "step", "--device", "cpu", "--scripts", "avt"]
+    command += "--no-usual --steps 2 --batch-size 4 --image-size 8 --repeats 1 --output figures.json".split()
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "MINTER_KEEP_MEMORY": "0"})
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["processes"] for row in figures["rows"]] == [1, 2] and figures["cores"] == os.cpu_count()
-    for row in figures["rows"]:
-        assert len(row["images_per_second"]) == row["processes"]
-        assert row["together"] == pytest.approx(sum(row["images_per_second"])) and row["together"] > 0
+    assert figures["memory_kept"] is False and figures["cores"] == os.cpu_count()
+    row, = figures["rows"]
+    rate = row["images_per_second"]
+    assert row["of_ceiling"] == pytest.approx(rate["full"] / rate["ceiling"]) and "usual" not in rate
+    first_convolution = 2 * 8 * 8 * 3 * 25 * 192  # of x; t(x) and the backward pass have as much again
+    assert row["gflop_per_image"] > 3 * first_convolution / 1e9
