@@ -89,7 +89,7 @@ def draw_curves(args):
     for (above, below), path in zip(axes.T, args.logs, strict=True):
         rows = read_log(path)
         epochs = [row["epoch"] for row in rows]
-        name = next(name for name in ("squared_error", "explained", "bound", "inv", "loss") if name in rows[0])
+        name = next(name for name in ("explained", "squared_error", "bound", "inv", "loss") if name in rows[0])
         for shown in (name, *(other for other in ("equi", "trans") if other in rows[0])):
             above.plot(epochs, [row[shown] for row in rows], marker=".", label=shown.replace("_", " "))
         for yardstick, style in (("constant_predictor", ":"), ("rotation_only", "--"), ("ceiling", ":")):
