@@ -513,11 +513,13 @@ def run_command(main):
 def keep_freed_memory():
     """Tells glibc to keep freed memory. By default it returns a step's activations to the system and gets new pages,
     zeroed, in the next step: a third of a step on a CPU. The process then stays as large as it ever was.
-    MINTER_KEEP_MEMORY=0 leaves glibc as it is. Elsewhere nothing happens."""
+    MINTER_KEEP_MEMORY=0 leaves glibc as it is. Elsewhere nothing happens. Returns whether it is kept."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "gnu_get_libc_version") and os.environ.get("MINTER_KEEP_MEMORY") != "0":
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+    if not hasattr(libc, "gnu_get_libc_version") or os.environ.get("MINTER_KEEP_MEMORY") == "0":
+        return False
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+    return True
 
 
 def choose_device(name):
@@ -711,19 +713,21 @@ class Run:
         if rank() or fcntl is None:
             yield
             return
-        with open(f"{self.output}.lock", "a+") as lock:
+        with writing(self.output):  # another user's lock, say
+            lock = open(f"{self.output}.lock", "ab+", buffering=0)
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 lock.seek(0)
-                raise UserError(f"'{self.output}' is being written by {lock.read() or 'another process'}: wait for it, "
-                                "or give another --output") from error
+                raise UserError(f"'{self.output}' is being written by {lock.read().decode() or 'another process'}: "
+                                "wait for it, or give another --output") from error
             except OSError:  # a file system without locks
                 pass
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
             try:
+                with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+                    lock.truncate(0)
+                    lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
                 yield
             finally:
                 Path(lock.name).unlink(missing_ok=True)

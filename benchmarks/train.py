@@ -12,10 +12,10 @@ step: (full) the script's own training loop; (ceiling) the same loop with every 
 only model, loss and optimiser are left; (usual) the pipeline of AVT's and VTE's authors as one would write it today:
 PIL images in a Dataset, cropped, flipped and warped one by one by the workers of a DataLoader, float32, PyTorch's
 default layout, Adam or SGD; for STL torchvision's transforms on PIL images. The three run in turn; the median rate of
-an epoch is taken, after one to warm up. All three have glibc keep freed memory, as the scripts do on a CPU; with
-MINTER_KEEP_MEMORY=0 none does. What bounds the step is counted: the operations of its convolutions
-and matrix products, and the bytes that its operators read and write in eager mode, over what this device was measured
-to do in a large matrix product and in a copy.
+an epoch is taken, after one to warm up. On a CPU freed memory is kept in all three, as the scripts keep it; with
+MINTER_KEEP_MEMORY=0 in none. What bounds the step is counted: the operations of its convolutions and matrix products,
+and the bytes that its operators read and write in eager mode, over what this device was measured to do in a large
+matrix product and in a copy.
 
 Images are random; no data set is needed.
 """
@@ -501,9 +501,8 @@ def main():
     args = parser.parse_args()
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"cannot write '{args.output}': there is no such folder", exit_code=2)
-    keep_freed_memory()
     record = {**provenance(choose_device(args.device)), "device": args.device, "cores": os.cpu_count(),
-              "memory_kept": os.environ.get("MINTER_KEEP_MEMORY") != "0",
+              "memory_kept": keep_freed_memory(),
               "load_average_before": os.getloadavg()[0]}
 
     def keep(result):

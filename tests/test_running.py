@@ -175,6 +175,23 @@ def test_one_run_at_a_time_writes_an_output_and_a_killed_one_stands_in_no_ones_w
     assert not lock.exists()
 
 
+def test_a_lock_that_cannot_be_opened_is_one_sentence(whole, forks):
+    folder, _ = whole
+    (folder / "closed.ckpt.lock").mkdir()  # also root, which reads every file, cannot open a folder to write
+    result = forks.run(wrapper(folder), *SCRIPTS["avt"], "--output", "closed.ckpt", cwd=folder)
+    (folder / "closed.ckpt.lock").rmdir()
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "cannot write 'closed.ckpt'" in result.stderr and "closed.ckpt.lock" in result.stderr
+
+
+def test_without_a_terminal_for_errors_a_run_ends_as_any_other(whole):
+    """`2>&-`, which some launchers do: Python has no sys.stderr then."""
+    folder, _ = whole
+    command = shlex.join([sys.executable, str(ROOT / "avt.py"), *SCRIPTS["avt"][1:], "--output", "quiet.ckpt"])
+    result = subprocess.run(f"{command} 2>&-", shell=True, cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert result.returncode == 0 and "wrote quiet.ckpt" in result.stdout
+
+
 def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(whole, forks):
     folder, _ = whole
     killing = wrapper(folder, "while_saving(3, lambda: os.kill(os.getpid(), signal.SIGKILL))")
