@@ -164,10 +164,10 @@ STATISTICS = {  # mean and standard deviation of each channel, of images in [0, 
     "stl10": ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27)),
 }
 NAMED = ("digits", "cifar10", "stl10")  # every other --dataset is a folder
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # some of Pillow's others start programs
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs
+IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: PIL.Image.Transpose
-DECODING = "3"  # a cache made by other rules is decoded again
+DECODING = "4"  # a cache made by other rules is decoded again
 LAYOUT = "train/<class>/* and test/<class>/*, or any images, to train only"
 
 
@@ -192,7 +192,7 @@ def load_images(dataset, split, data_dir="data", image_size=32, limit=None):
     elif dataset in NAMED:
         data = load_torchvision(dataset, split, data_dir, image_size)
     elif dataset and Path(dataset).is_dir():
-        return load_folder(Path(dataset), split, image_size, limit)
+        return load_folder(Path(dataset), split, data_dir, image_size, limit)
     else:
         raise UserError(f"there is no data set '{dataset}': give --dataset digits, cifar10, stl10, or a folder with "
                         f"{LAYOUT}", exit_code=2)
@@ -268,58 +268,57 @@ def decode(path, image_size):
 
 def list_images(folder, split):
     """Image files of a folder: [(path, label or None)], class names. The classes take turns, so that the first n are
-    balanced. Folders within a class are walked; hidden files and folders are not."""
-    def is_image(path):
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-        return not hidden and Path(path).suffix.lower() in IMAGE_SUFFIXES
+    balanced. Folders within a class are walked; hidden files and folders are not. Raises OSError, UserError."""
+    def entries(root):
+        return sorted((entry for entry in os.scandir(root) if not entry.name.startswith(".")), key=lambda e: e.name)
 
-    def classes_of(root):
-        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    def walk(root):
+        for entry in entries(root):
+            yield from walk(entry.path) if entry.is_dir() else [entry.path]
 
     root = training = folder / "train" if (folder / "train").is_dir() else folder
-    classes = classes_of(training) if training != folder else []
+    classes = [entry.name for entry in entries(training) if entry.is_dir()] if training != folder else []
     if split == "test":
         root = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), training)
     if split in ("train", "test") and (not classes or (split == "test" and root == training)):
         raise UserError(f"'{folder}' has no labelled train/ and test/ (or val/) to evaluate on: give a --dataset with "
                         "train/<class>/* and test/<class>/*")
-    unknown = [name for name in classes_of(root) if classes and name not in classes]
-    if unknown:
-        raise UserError(f"'{root / unknown[0]}' has no counterpart in '{training}': move or remove it")
+    found, ignored = [], collections.Counter()
+    for entry in entries(root) if classes else []:
+        if not entry.is_dir():
+            ignored["in no class folder"] += 1
+        elif entry.name not in classes:
+            raise UserError(f"'{entry.path}' has no counterpart in '{training}': move or remove it")
     numbers = {name: number for number, name in enumerate(classes) if (root / name).is_dir()}
-    found = [(os.path.join(inner, file), label) for name, label in (numbers if classes else {"": 0}).items()
-             for inner, _, files in sorted(os.walk(root / name, followlinks=True)) for file in sorted(files)]
-    found = [(path, label) for path, label in found if is_image(path)]
+    for name, label in (numbers if classes else {"": None}).items():
+        paths = list(walk(root / name))
+        images = [path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES]
+        ignored.update(Path(path).suffix or "without a suffix" for path in set(paths).difference(images))
+        found += [(turn, label, path) for turn, path in enumerate(images)]
     if not found:
         raise UserError(f"'{root}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): it must hold {LAYOUT}")
-    seen = collections.Counter()
-    turns = []
-    for path, label in found:
-        turns.append((seen[label], label, path))
-        seen[label] += 1
-    return [(path, label if classes else None) for _, label, path in sorted(turns)], classes
+    if ignored:
+        kinds, files = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(5)), ignored.total()
+        warnings.warn(f"in '{root}', {files:,} of {len(found) + files:,} files are ignored: {kinds}", stacklevel=2)
+    return [(path, label) for _, label, path in sorted(found)], classes
 
 
-def load_folder(folder, split, image_size, limit=None):
-    """Images of a folder, resized and cropped to squares, cached beside it until any of its files changes."""
+def load_folder(folder, split, data_dir, image_size, limit=None):
+    """Images of a folder, resized and cropped to squares. They are cached beside it, or in data_dir where nothing can
+    be written there; only files that are new or have changed are decoded again."""
     try:
         files, classes = list_images(folder, split)
     except OSError as error:
         raise UserError(f"cannot list '{error.filename}' ({error.strerror})") from error
     files = files[:limit]
-    labels = torch.tensor([label for _, label in files]) if classes else None
-    listing = [DECODING]
-    for path, _ in files:
-        with contextlib.suppress(OSError):  # a broken link is named when it is decoded
-            state = os.stat(path)
-            listing.append(f"{os.path.relpath(path, folder)} {state.st_size} {state.st_mtime_ns}")
-    fingerprint = hashlib.sha256("\0".join(listing).encode(errors="surrogateescape")).hexdigest()
     part = f"{'test' if split == 'test' else 'train'}-{image_size}{f'-first{limit}' if limit else ''}"
-    cache = folder.resolve().with_name(f"{folder.resolve().name}.{part}.cache")
-    with contextlib.suppress(Exception):  # whatever is wrong with a cache, the images are still there
-        cached = load_plain(cache)
-        if cached["fingerprint"] == fingerprint and cached["images"].shape == (len(files), 3, image_size, image_size):
-            return Images(cached["images"], labels, classes, cached["largest"])
+    places = [folder.resolve().parent, Path(data_dir).resolve()]
+    caches = [place / f"{folder.resolve().name}.{part}.cache" for place in places]
+
+    def state(path):
+        with contextlib.suppress(OSError):  # a broken link is named when it is decoded
+            found = os.stat(path)
+            return f"{DECODING} {os.path.relpath(path, folder)} {found.st_size} {found.st_mtime_ns}"
 
     def attempt(path):
         try:
@@ -327,21 +326,45 @@ def load_folder(folder, split, image_size, limit=None):
         except Exception as error:
             return "no image of a kind that is read" if "cannot identify" in str(error) else str(error)
 
+    states, known = [state(path) for path, _ in files], {}
+    for cache in caches:
+        with contextlib.suppress(Exception):  # whatever is wrong with a cache, the images are still there
+            cached = load_plain(cache)
+            if cached["images"].shape[1:] == (3, image_size, image_size) and cached["images"].dtype == torch.uint8:
+                known.update(zip(cached["states"], zip(cached["images"], cached["longest"], strict=True), strict=True))
+    new = [path for (path, _), state in zip(files, states, strict=True) if state not in known]
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without Python's lock
         warnings.simplefilter("ignore")  # PIL's
-        results = pool.map(attempt, [path for path, _ in files])
-        decoded = list(tqdm(results, total=len(files), desc=f"decoding {split} images", leave=False, disable=None))
-    broken = [f"'{path}' ({why})" for (path, _), why in zip(files, decoded, strict=True) if isinstance(why, str)]
+        progress = tqdm(pool.map(attempt, new), total=len(new), desc=f"decoding {split} images", leave=False,
+                        disable=None)
+        decoded = dict(zip(new, progress, strict=True))
+    results = [decoded[path] if path in decoded else known[state]
+               for (path, _), state in zip(files, states, strict=True)]
+    whole = [i for i, result in enumerate(results) if not isinstance(result, str)]
+    images = torch.stack([results[i][0] for i in whole]) if whole else None
+    longest = [results[i][1] for i in whole]
+    if new and whole:
+        contents = {"states": [states[i] for i in whole], "images": images, "longest": longest}
+        keep_in_first(caches, lambda file: torch.save(contents, file))
+    broken = [f"'{path}' ({why})" for (path, _), why in zip(files, results, strict=True) if isinstance(why, str)]
     if broken:
         raise UserError(f"{len(broken)} of {len(files)} images cannot be read, repair or remove them: "
                         + ", ".join(broken[:10]) + (", ..." if len(broken) > 10 else ""))
-    images, largest = torch.stack([image for image, _ in decoded]), max(side for _, side in decoded)
-    try:
-        write_atomically(cache, lambda file: torch.save(
-            {"fingerprint": fingerprint, "images": images, "largest": largest}, file))
-    except OSError as error:
-        warnings.warn(f"the decoded images are not cached ({error})", stacklevel=2)
-    return Images(images, labels, classes, largest)
+    labels = torch.tensor([label for _, label in files]) if classes else None
+    return Images(images, labels, classes, max(longest))
+
+
+def keep_in_first(paths, write):
+    """write(file) to the first of the paths that can be written. Warns unless that is the very first."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, write)
+            if path != paths[0]:
+                warnings.warn(f"'{paths[0].parent}' cannot be written to: decoded images are cached in '{path}'",
+                              stacklevel=3)
+            return
+    warnings.warn(f"decoded images are not cached: neither '{paths[0]}' nor '{paths[-1]}' can be written", stacklevel=3)
 
 
 def image_statistics(dataset, images):
@@ -725,6 +748,9 @@ class Run:
             except OSError:  # a file system without locks
                 pass
             try:
+                there = self._check_output()  # another run may have ended while this one loaded its data
+                if (there or {}).get("epoch") != (self.resumed_from or {}).get("epoch"):
+                    raise UserError(f"'{self.output}' was written by another run just now: start again")
                 with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
                     lock.truncate(0)
                     lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -222,13 +222,52 @@ def test_folder_cache_is_used_and_refreshed(tmp_path, decoded):
     Image.new("RGB", (20, 30), (1, 2, 3)).save(changed)
     os.utime(changed, ns=(1, 1))
     data, count = load()
-    assert count == 6 and data.images[3, :, 4, 4].tolist() == [1, 2, 3]
+    assert count == 1 and data.images[3, :, 4, 4].tolist() == [1, 2, 3]
+    assert torch.equal(data.images[[0, 1, 2, 4, 5]], again.images[[0, 1, 2, 4, 5]])
     changed.unlink()
-    assert len(load()[0].images) == 5
+    data, count = load()
+    assert count == 0 and len(data.images) == 5
     (tmp_path / "pets.train-8.cache").write_bytes(b"not a cache")
     assert load()[1] == 5 and load()[1] == 0
-    torch.save({"fingerprint": "of another state", "images": torch.zeros(5, 3, 8, 8)}, tmp_path / "pets.train-8.cache")
-    assert load()[0].images.float().mean() > 0
+    states = torch.load(tmp_path / "pets.train-8.cache")["states"]
+    for wrong in (torch.zeros(5, 3, 8, 8), torch.zeros(5, 3, 4, 4, dtype=torch.uint8)):
+        torch.save({"states": states, "images": wrong, "longest": [8] * 5}, tmp_path / "pets.train-8.cache")
+        assert load()[0].images.float().mean() > 0
+
+
+def test_images_in_a_folder_that_cannot_be_written_to_are_cached_with_the_other_data(tmp_path, decoded, monkeypatch):
+    folder = make_folder(tmp_path / "mounted" / "pets")
+    write = common.write_atomically
+
+    def read_only(path, *rest):  # the tests may run as one who may write everywhere
+        if path.parent == tmp_path / "mounted":
+            raise OSError(30, "Read-only file system")
+        return write(path, *rest)
+
+    monkeypatch.setattr(common, "write_atomically", read_only)
+    with pytest.warns(UserWarning, match=r"mounted' cannot be written to: decoded images are cached in '.*/data/pets"):
+        first = load_images(str(folder), "train", str(tmp_path / "data"), 8)
+    assert len(decoded) == 6 and [path.name for path in (tmp_path / "data").iterdir()] == ["pets.train-8.cache"]
+    again = load_images(str(folder), "train", str(tmp_path / "data"), 8)
+    assert len(decoded) == 6 and torch.equal(again.images, first.images)
+
+
+def test_what_is_ignored_is_counted_and_unusual_suffixes_are_read(tmp_path):
+    folder = make_folder(tmp_path / "pets", n=1, splits=("train",))
+    dog = folder / "train" / "dog"
+    (dog / "2020" / "may").mkdir(parents=True)
+    for name in ("a.jfif", "b.JPE", "c.jp2", "d.avif", "e.pnm", "2020/may/f.png"):
+        Image.new("RGB", (8, 8)).save(dog / "g.jpg" if name[2:] in ("jfif", "JPE") else dog / name)
+        if (dog / "g.jpg").exists():
+            (dog / "g.jpg").rename(dog / name)
+    for name in ("cat/a.heic", "cat/b.heic", "dog/2020/readme", "loose.png"):
+        (folder / "train" / name).write_bytes(b"")
+    (folder / "train" / "dog" / ".hidden.txt").touch()
+    with pytest.warns(UserWarning) as said:
+        data = load_images(str(folder), "train", image_size=8)
+    assert data.labels.bincount().tolist() == [1, 7]
+    assert str(said[0].message) == (f"in '{folder}/train', 4 of 12 files are ignored: 2 .heic, 1 in no class folder, "
+                                    "1 without a suffix")
 
 
 def test_a_limit_decodes_no_more_than_it_needs_and_has_a_cache_of_its_own(tmp_path, decoded):
@@ -248,7 +287,7 @@ def test_folder_problems_are_named(tmp_path, monkeypatch):
     assert no.value.exit_code == 2
     (tmp_path / "empty" / "train" / "cat").mkdir(parents=True)
     for folder in ("empty", "empty/train/cat"):
-        with pytest.raises(UserError, match=r"holds no images \(.bmp, .*it must hold train/<class>/\*"):
+        with pytest.raises(UserError, match=r"holds no images \(.avif, .*it must hold train/<class>/\*"):
             load_images(str(tmp_path / folder), "unlabeled")
     folder = make_folder(tmp_path / "pets")
     (folder / "test" / "bird").mkdir()
@@ -285,7 +324,19 @@ def test_all_images_that_cannot_be_read_are_listed_at_once(tmp_path):
     with pytest.raises(UserError, match="^16 of 16 images cannot be read") as many:
         load_images(str(folder), "train")
     assert str(many.value).count(".png' (") == 10 and str(many.value).endswith("), ...")
-    assert str(many.value).count("no image of a kind that is read") == 5 and not list(tmp_path.glob("*.cache"))
+    assert str(many.value).count("no image of a kind that is read") == 5
+
+
+def test_images_beside_broken_ones_are_decoded_once(tmp_path, decoded):
+    folder = make_folder(tmp_path / "pets")
+    broken = folder / "train" / "dog" / "1.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:40])
+    with pytest.raises(UserError, match="^1 of 6 images cannot be read"):
+        load_images(str(folder), "train", image_size=8)
+    broken.write_bytes(content)
+    decoded.clear()
+    assert len(load_images(str(folder), "train", image_size=8).images) == 6 and decoded == ["1.png"]
 
 
 def test_links_are_followed_wherever_they_lead(tmp_path):

@@ -434,14 +434,17 @@ def test_a_cache_runs_nothing_and_a_damaged_one_is_made_again(tmp_path, monkeypa
         cache.write_bytes(content)
         load()
         assert cache.read_bytes() == good
-    for value in (Calls(os.system, "touch went-off"), 7, [], {"fingerprint": torch.ones(3)}):
+    for value in (Calls(os.system, "touch went-off"), 7, [], {"states": torch.ones(3), "images": torch.ones(3)}):
         torch.save(value, cache)
         load()
         assert cache.read_bytes() == good
     cache.unlink(), cache.mkdir()
-    with pytest.warns(UserWarning, match="the decoded images are not cached"):
+    with pytest.warns(UserWarning, match="cannot be written to: decoded images are cached in '.*data/pets.train-8"):
         load()
-    assert sorted(os.listdir()) == ["pets", "pets.train-8.cache"]
+    (tmp_path / "data" / cache.name).unlink(), (tmp_path / "data").rmdir(), (tmp_path / "data").touch()
+    with pytest.warns(UserWarning, match="decoded images are not cached: neither '.*pets.train-8.cache' nor '.*data"):
+        load()
+    assert sorted(os.listdir()) == ["data", "pets", "pets.train-8.cache"]
 
 
 # -------------------------------------------------------------------------------------------------------------- flags

@@ -175,6 +175,20 @@ def test_one_run_at_a_time_writes_an_output_and_a_killed_one_stands_in_no_ones_w
     assert not lock.exists()
 
 
+@pytest.mark.parametrize("resume, says", [([], "'late.ckpt' exists already"), (["--resume"], "another run just now")])
+def test_a_run_does_not_write_over_one_that_ended_while_it_loaded_its_data(resume, says, whole, forks):
+    folder, _ = whole
+    other = wrapper(folder, """
+import common, shutil
+load = common.load_images
+common.load_images = lambda *rest: (shutil.copy("avt.ckpt", "late.ckpt"), load(*rest))[1]
+""")
+    result = forks.run(other, *SCRIPTS["avt"], "--output", "late.ckpt", *resume, cwd=folder)
+    assert result.returncode and says in result.stderr and "Traceback" not in result.stderr
+    assert (folder / "late.ckpt").read_bytes() == (folder / "avt.ckpt").read_bytes()
+    assert not (folder / "late.ckpt.lock").exists()
+
+
 def test_a_lock_that_cannot_be_opened_is_one_sentence(whole, forks):
     folder, _ = whole
     (folder / "closed.ckpt.lock").mkdir()  # also root, which reads every file, cannot open a folder to write
