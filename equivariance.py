@@ -412,7 +412,7 @@ def probe_equivariance(args, device):
         f"last lines: half the widest 95 % interval of the column, of {BOOTSTRAP:,} bootstrap samples of the test "
         "images; it says nothing of training seeds",
     ]
-    return rows, make_tables(rows, reference_errors(size)), notes
+    return rows, make_tables(rows, reference_errors()), notes
 
 
 # --------------------------------------------------------------------------------------------------- what is shown
@@ -435,7 +435,7 @@ def column(row):
 
 def make_tables(rows, errors):
     """For each family of transformations three of `probe.Table`: what is predicted from x and t(x), what from t(x)
-    alone, and retrieval and movement. errors: what `reference_errors` returns, of images of this size."""
+    alone, and retrieval and movement. errors: what `reference_errors` returns."""
     per_image = rows[0]["per_image"]
     nothing = {"t error": errors["constant_predictor"], "rotation": 0.25, "H@1": 1 / per_image, "H@5": 5 / per_image,
                "MRR": sum(1 / rank for rank in range(1, per_image + 1)) / per_image}

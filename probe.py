@@ -247,26 +247,10 @@ def finetuned_predictions(representation, index, labels, settings):
                            for part in parts]).cpu().numpy()]
 
 
-def vote_of_nearest(train, labels, queries, neighbours):
-    """What KNeighborsClassifier predicts, on any device: train (N, D), labels (N,) from 0, queries (M, D) -> (M,). Of
-    equally many votes the first class wins; which of equally near neighbours counts is open, as there."""
-    middle, predicted = train.mean(0), []  # taken off, or float32 would lose small distances far from the origin
-    for part in queries.split(1000):
-        distances = torch.cdist(part - middle, train - middle)
-        nearest = labels[distances.topk(neighbours, largest=False).indices]
-        predicted.append(nn.functional.one_hot(nearest).sum(1).argmax(1))
-    return torch.cat(predicted)
-
-
 def knn_predictions(representation, index, labels, settings):
-    """scikit-learn's on the CPU; on a GPU the same, there."""
     train, neighbours = representation.draw("train")[index], min(NEIGHBOURS, len(index))
-    tests = (representation.draw("test") for _ in range(settings.passes))
-    if settings.device.type == "cpu":
-        model = KNeighborsClassifier(neighbours, algorithm="brute", n_jobs=-1).fit(train.numpy(), labels.numpy())
-        return [model.predict(test.numpy()) for test in tests]
-    train, labels = train.to(settings.device), labels.to(settings.device)
-    return [vote_of_nearest(train, labels, test.to(settings.device), neighbours).cpu().numpy() for test in tests]
+    model = KNeighborsClassifier(neighbours, algorithm="brute", n_jobs=-1).fit(train.numpy(), labels.numpy())
+    return [model.predict(representation.draw("test").numpy()) for _ in range(settings.passes)]
 
 
 def logistic_predictions(representation, index, labels, settings):

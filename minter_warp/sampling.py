@@ -1,5 +1,7 @@
 """The projective family of transformations: drawn at random, as coefficients for the warp and as regression targets."""
 
+import functools
+
 import torch
 
 
@@ -110,6 +112,7 @@ def normalization(mean, std, device="cpu"):
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
+@functools.cache
 def reference_errors(size=32, n=2**20):
     """The transformation's squared error, summed over the 8 targets, for two predictors that have learned little.
 

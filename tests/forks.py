@@ -1,5 +1,5 @@
-"""Real processes without the seconds that importing torch takes: one that has imported everything, and has computed
-nothing yet, forks a child for each command. A child runs the script as __main__, in a folder and an environment of its
+"""Real processes without the seconds that importing torch takes: one that has imported everything, and has started no
+threads, forks a child for each command. A child runs the script as __main__, in a folder and an environment of its
 own, and can be killed like any other process. All of them on the CPU, also where there is a GPU.
 """
 
@@ -91,6 +91,10 @@ def serve():
     import torchvision.transforms.v2  # noqa: F401
 
     sys.path.insert(0, str(ROOT))
+    import common  # noqa: F401
+    import minter_warp.views  # noqa: F401
+
+    minter_warp.reference_errors()  # a second of every run of two scripts
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:

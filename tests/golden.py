@@ -71,7 +71,6 @@ def in_float64():
 
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
-    minter_warp.reference_errors = lambda: {}  # seconds of each run, and no part of a loss
     minter_warp.warp_batch = minter_warp.ops.warp_batch = warp  # before the scripts, and the views, take it from there
     common.choose_precision, common.Run.step = lambda *_: torch.float64, recorded
     return losses

@@ -478,9 +478,9 @@ def test_the_page_is_filled_between_its_marks(measured):
     assert crop["knowing nothing", ""]["crop position R²"] == "0.000"
 
 
-def test_what_knowing_nothing_and_the_rotation_score_is_computed_for_the_size(measured):
+def test_what_knowing_nothing_and_the_rotation_score_is_computed(measured):
     folder, _, _ = measured
-    errors = reference_errors(8)
+    errors = reference_errors()
     tables = page_tables((folder / "page.md").read_text())
     predicted, retrieved = (tables[f"Projective transformations, {question}"] for question in (
         "predicted from x and t(x)", "retrieval and movement"))

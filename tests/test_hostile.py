@@ -484,7 +484,6 @@ def test_wrong_commands_end_with_2_and_one_sentence(command, tmp_path, monkeypat
     script, *flags = command.split()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *flags])
-    monkeypatch.setattr("minter_warp.reference_errors", dict)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     message = capsys.readouterr().err

@@ -67,7 +67,7 @@ def train(model, loss_of, digits, steps=200):
     images, _, _, _, (scale, shift) = digits
     generator = torch.Generator().manual_seed(0)
     before = knn_error(model.encoder, digits)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-4, fused=True)
     losses = []
     torch.manual_seed(0)
     for _ in range(steps):

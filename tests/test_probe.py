@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
-from sklearn.neighbors import KNeighborsClassifier
 
 import probe
 from common import NIN, UserError, save_checkpoint
@@ -261,17 +260,6 @@ def test_what_json_holds_is_read_again_and_the_older_list_too(tmp_path):
             probe.read_rows(path)
     with pytest.raises(UserError, match="none.json' is no file"):
         probe.read_rows(tmp_path / "none.json")
-
-
-@pytest.mark.parametrize("neighbours, classes", [(5, 10), (4, 2), (2, 7), (1, 3)])
-def test_neighbours_on_the_device_vote_as_scikit_learns_do(neighbours, classes):
-    """Even numbers of neighbours and few classes make many tied votes."""
-    generator = torch.Generator().manual_seed(0)
-    train, queries = (100 + torch.randn(n, 6, generator=generator) for n in (300, 1200))  # far from the origin
-    labels = torch.randint(0, classes, (300,), generator=generator)
-    expected = KNeighborsClassifier(neighbours, algorithm="brute").fit(train.numpy(), labels.numpy())
-    found = probe.vote_of_nearest(train, labels, queries, neighbours)
-    assert (found.numpy() == expected.predict(queries.numpy())).all()
 
 
 def test_fits_side_by_side_come_in_order_and_few_ahead():

@@ -398,7 +398,6 @@ class Tiny(torch.nn.Module):
 
 def test_an_entry_of_encoders_adds_an_encoder_to_every_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(common.ENCODERS, "tiny", Tiny)
-    monkeypatch.setattr(predictive_transform, "reference_errors", dict)
     few = ["--dataset", "digits", "--limit", 16, "--batch-size", 8, "--image-size", 8, "--epochs", 1]
     in_this_process("predictive_transform.py", *few, "--encoder", "tiny", "--output", "pt.ckpt", cwd=tmp_path)
     phase_two = ["--pretrained", "pt.ckpt"]
@@ -449,7 +448,6 @@ def test_an_epochs_line_stays_short_with_long_numbers(names, rate, tmp_path, mon
             return {"loss": 123456.789, **{name: LONG[name] for name in names}}
 
     monkeypatch.setattr(predictive_transform, "Run", Diverged)
-    monkeypatch.setattr(predictive_transform, "reference_errors", dict)
     monkeypatch.setattr(sys, "argv", ["predictive_transform.py", "--dataset", "digits", "--limit", "16", "--batch-size",
                                       "8", "--image-size", "8", "--epochs", "1", "--output", str(tmp_path / "a.ckpt")])
     predictive_transform.main()
@@ -470,7 +468,6 @@ def test_the_progress_bar_is_of_the_whole_run(tmp_path, monkeypatch):
             super().step(*args)
             shown.append((self._bar.initial, self._bar.n, self._bar.total))
 
-    monkeypatch.setattr(predictive_transform, "reference_errors", dict)
     monkeypatch.setattr(predictive_transform, "Run", Watched)
     monkeypatch.setattr(sys, "stderr", terminal)
     for epochs, resumed, steps in ((1, [], [(0, 8, 16), (0, 16, 16)]), (3, ["--resume"], [
