@@ -528,6 +528,9 @@ def run_command(main):
         print(f"{Path(sys.argv[0]).name}: error: memory ran out; smaller or fewer images, or smaller batches, need "
               f"less ({str(error)[:200]})", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted; what the last finished epoch wrote is kept", file=sys.stderr)
         sys.exit(130)
@@ -659,6 +662,9 @@ class Run:
         """Before hours of training, not after: the checkpoint can be written, and writing it loses nothing."""
         if self.output.is_dir():
             raise UserError(f"--output '{self.output}' is a folder: give the name of a file", exit_code=2)
+        if self.output.suffix == ".safetensors":
+            raise UserError(f"--output '{self.output}': training writes .ckpt; probe.py --export makes .safetensors of "
+                            "it", exit_code=2)
         for path in (self.output, self.log):
             if path.exists() and not self.args.resume:
                 raise UserError(f"'{path}' exists already: give another --output, or remove it, or go on from it with "
@@ -935,8 +941,14 @@ def save_checkpoint(path, method, config, model, optimizer, epoch, made_with):
 
 
 def load_plain(path):
-    """What torch.save wrote, tensors and plain values only, on the CPU; never runs code from the file. Raises OSError,
-    or anything else where the file is damaged or of another kind."""
+    """What torch.save or `export_encoder` wrote, tensors and plain values only, on the CPU; never runs code from the
+    file. Raises OSError, or anything else where the file is damaged or of another kind."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+            return {**json.loads(file.metadata()["minter"]), "encoder": weights, "model": weights}
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:  # torch does not look at the checksums
             raise ValueError("a checksum is wrong")
@@ -958,6 +970,8 @@ def load_checkpoint(path, method=None):
                  and min(config["std"]) > 0 and checkpoint["encoder"].keys() and checkpoint["model"].keys())
     except PermissionError as error:
         raise UserError(f"cannot read '{path}' ({error.strerror})") from error
+    except ImportError as error:
+        raise UserError(f"reading '{path}' takes a package that is not here: pip install safetensors") from error
     except Exception:
         whole, version = False, FORMAT_VERSION
     if version != FORMAT_VERSION:
@@ -993,6 +1007,43 @@ def load_encoder(checkpoint, path, probabilistic=False):
         raise UserError(f"the encoder in '{path}' has no log-variance, which is needed here")
     encoder = build_encoder(config["encoder"], config["image_size"], config.get("probabilistic", True))
     return load_weights(encoder, checkpoint["encoder"], path).eval()
+
+
+def export_encoder(checkpoint, path):
+    """Writes the encoder alone, with its settings as metadata, for `load_checkpoint` and for whoever has safetensors.
+    Raises UserError."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise UserError("exporting takes a package that is not here: pip install safetensors") from error
+
+    metadata = {name: checkpoint[name] for name in ("format_version", "method", "epoch")}
+    config = {name: value for name, value in checkpoint["config"].items()
+              if name not in ("output", "pretrained", "data_dir")}  # folders of this machine are no one else's business
+    metadata["config"] = {**config, "dataset": Path(config["dataset"]).name}
+    weights = {name: value.contiguous() for name, value in checkpoint["encoder"].items()}
+    content = save(weights, {"minter": json.dumps(metadata)})
+    try:
+        write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(f"cannot write '{path}' ({error.strerror})") from error
+
+
+@torch.no_grad()
+def load_features(path, images, device="cpu", batch_size=500):
+    """The features of images by the encoder of a checkpoint: mu where it has one. images: (N, 3, H, W) uint8, or paths
+    of image files, which are resized to what the encoder was trained on. Returns (N, 512) float32 on the CPU. Raises
+    UserError."""
+    checkpoint = load_checkpoint(path)
+    config, encoder = checkpoint["config"], load_encoder(checkpoint, path).to(device)
+    size = config["image_size"]
+    if isinstance(images, torch.Tensor):
+        images = resize(images, size)
+    else:
+        images = torch.stack([decode(file, size)[0] for file in images])
+    scale, shift = (values[:, None, None] for values in normalization(config["mean"], config["std"], device))
+    outputs = [encoder(batch.to(device) * scale + shift) for batch in images.split(batch_size)]
+    return torch.cat([(output if isinstance(output, torch.Tensor) else output[0]).cpu() for output in outputs])
 
 
 def load_model(model, checkpoint, path):

@@ -43,6 +43,7 @@ from common import (
     build_encoder,
     choose_device,
     choose_precision,
+    export_encoder,
     keep_freed_memory,
     load_checkpoint,
     load_encoder,
@@ -594,6 +595,7 @@ def parse_args():
         help="of encoders with mu and sigma: z sampled, mu, or what both are computed from (default: sample mu)")
     add("--passes", type=positive_int, default=5, help="times z is sampled for the test images")
     add("--mean-per-class", action="store_true", help="error as the mean over classes, for test sets out of balance")
+    add("--export", metavar="FILE", help="no evaluation: write the checkpoint's encoder alone, as FILE.safetensors")
     if "--equivariance" in sys.argv:
         rest = [flag for flag in sys.argv[1:] if flag != "--equivariance"]
         raise UserError(f"--equivariance has become a command: python equivariance.py {shlex.join(rest)}", exit_code=2)
@@ -604,8 +606,22 @@ def parse_args():
     return args
 
 
+def export(args):
+    """Writes the encoder of one checkpoint."""
+    if len(args.checkpoints) > 1 or Path(args.export).suffix != ".safetensors":
+        raise UserError(f"--export '{args.export}' takes one checkpoint, and a file that ends in .safetensors", 2)
+    checkpoint = load_checkpoint(args.checkpoints[0])
+    load_encoder(checkpoint, args.checkpoints[0])  # checks its weights
+    export_encoder(checkpoint, args.export)
+    print(f"wrote {args.export}, {Path(args.export).stat().st_size / 1e6:.1f} MB: the encoder of {args.checkpoints[0]}")
+
+
 def main():
-    run_evaluation(parse_args(), probe)
+    args = parse_args()
+    if args.export:
+        export(args)
+    else:
+        run_evaluation(args, probe)
 
 
 if __name__ == "__main__":

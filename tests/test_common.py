@@ -471,6 +471,44 @@ def test_checkpoint_round_trip_holds_plain_data_only(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]  # no temporary file is left
 
 
+def test_an_exported_encoder_is_small_and_read_with_and_without_this_code(tmp_path):
+    from safetensors.torch import load_file
+
+    config = {"encoder": "alexnet", "image_size": 32, "dataset": "/home/me/pets", "output": "/home/me/a.ckpt",
+              "mean": [0.5] * 3, "std": [0.2] * 3, "seed": 4}
+    model = write_checkpoint(tmp_path / "a.ckpt", config=config)
+    common.export_encoder(load_checkpoint(tmp_path / "a.ckpt"), tmp_path / "a.safetensors")
+    weights = load_file(tmp_path / "a.safetensors")
+    assert weights.keys() == model.encoder.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in model.encoder.state_dict().items())
+    bytes_of_weights = sum(value.nbytes for value in weights.values())
+    assert bytes_of_weights < (tmp_path / "a.safetensors").stat().st_size < bytes_of_weights + 10_000
+    assert b"/home/me" not in (tmp_path / "a.safetensors").read_bytes()
+    checkpoint = load_checkpoint(tmp_path / "a.safetensors", "predictive_transform")
+    assert checkpoint["config"]["dataset"] == "pets" and checkpoint["config"]["seed"] == 4
+    encoder, images = load_encoder(checkpoint, "a.safetensors"), torch.randn(2, 3, 32, 32)
+    assert torch.equal(encoder(images)[0], model.encoder(images)[0])
+    content = (tmp_path / "a.safetensors").read_bytes()
+    for damaged in (content[:1000], content[:-4], b"", b"\xff" * 100):
+        (tmp_path / "b.safetensors").write_bytes(damaged)
+        with pytest.raises(UserError, match="b.safetensors' is no checkpoint of minTER, or it is truncated"):
+            load_checkpoint(tmp_path / "b.safetensors")
+
+
+def test_features_of_ones_own_images(tmp_path):
+    """Of tensors and of files, of another size than the encoder's, in batches that do not divide them."""
+    model = write_checkpoint(tmp_path / "a.ckpt")
+    folder = make_folder(tmp_path / "pets", size=(32, 32))
+    files = sorted(folder.glob("*/*/*.png"))
+    images = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    with torch.no_grad():
+        expected = model.encoder((images / 255 - 0.5) / 0.2)[0]
+    for given in (files, images, images.repeat_interleave(2, 2).repeat_interleave(2, 3)):
+        features = common.load_features(tmp_path / "a.ckpt", given, batch_size=5)
+        assert features.shape == (12, 512) and not features.requires_grad
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
 @pytest.mark.parametrize(("setting", "new_pages"), [({}, False), ({"MINTER_KEEP_MEMORY": "0"}, True)])
 def test_freed_memory_is_kept_unless_told_otherwise(setting, new_pages):

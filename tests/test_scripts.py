@@ -306,6 +306,21 @@ def test_probe_rows(trained):
         assert stated in out
 
 
+def test_an_exported_encoder_is_probed_like_its_checkpoint(trained):
+    folder, _ = trained
+    out = run("probe.py", "ba.ckpt", "--export", "ba.safetensors", cwd=folder).stdout
+    assert "wrote ba.safetensors, 2." in out and "the encoder of ba.ckpt" in out
+    flags = ["--classifiers", "knn", "--train-sizes", 20, "--rows", "checkpoints", "--json"]
+    rows = {}
+    for name in ("ba.ckpt", "ba.safetensors"):
+        run("probe.py", name, *flags, "exported.json", cwd=folder)
+        rows[name] = [{**row, "checkpoint": None} for row in read_rows(folder / "exported.json")]
+    assert len(rows["ba.ckpt"]) == 2 and rows["ba.safetensors"] == rows["ba.ckpt"]
+    refused("probe.py", "ba.ckpt", "pt.ckpt", "--export", "a.safetensors", cwd=folder, code=2, says="one checkpoint")
+    refused("probe.py", "ba.ckpt", "--export", "a.ckpt", cwd=folder, code=2, says="ends in .safetensors")
+    refused("avt.py", *FEW, "--output", "a.safetensors", cwd=folder, code=2, says="training writes .ckpt")
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained, tmp_path):
     few = ["predictive_transform.py", *FEW, "--limit", 64, "--device", "cpu"]
     for name in "ab":
@@ -534,7 +549,7 @@ def test_help_has_an_example_and_every_flag_an_explanation_with_its_default(scri
         if action.option_strings and action.dest != "help":
             said = parser.formatter_class(script)._expand_help(action)
             assert len(said) > 4 and said in text, action
-            optional = isinstance(action.default, bool) or action.dest in ("pretrained", "json", "markdown")
+            optional = isinstance(action.default, bool) or action.dest in ("pretrained", "json", "markdown", "export")
             assert optional or "default: " in said, (action.dest, said)
     if script in TRAINING:
         groups = [group.title for group in parser._action_groups]
