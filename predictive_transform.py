@@ -57,7 +57,7 @@ def predictive_transform_loss(prediction, t, z, logvar):
 def train(args):
     run = Run("predictive_transform", args, constants=reference_errors())
     model = run.prepare(PredictiveTransform(build_encoder(args.encoder, args.image_size)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # no weight decay, no schedule
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # no weight decay
 
     for _ in run.epochs(model, optimizer):
         for source, index, crops, coefficients in run.batches(sample_crops, sample_coefficients):
@@ -70,7 +70,7 @@ def train(args):
             loss.backward()
             optimizer.step()
             run.step(loss, metrics, len(index))
-    same = ("data_dir", "epochs", "batch_size", "lr", "limit", "seed")
+    same = ("data_dir", "recipe", "epochs", "batch_size", "lr", "limit", "seed")
     run.finish("vte_ba.py", "--pretrained", args.output, same=same)
 
 

@@ -24,6 +24,7 @@ SMALL, PT, ALEX = ["--image-size", "8"], ["--pretrained", "pt.ckpt"], ["--pretra
 RUNS = {
     "pt": ["predictive_transform.py", *SMALL],
     "pt_alexnet": ["predictive_transform.py", "--encoder", "alexnet"],
+    "pt_fast": ["predictive_transform.py", *SMALL, "--recipe", "fast"],
     "avt": ["avt.py", *SMALL],
     "avt_alexnet": ["avt.py", "--encoder", "alexnet"],
     "vte_ba": ["vte_ba.py", *PT],

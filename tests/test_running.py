@@ -25,7 +25,7 @@ FEW = ["--dataset", "digits", "--image-size", "8", "--limit", "104", "--batch-si
 STEPS = 4  # of an epoch; the last batch is smaller
 SCRIPTS = {
     "pt": ["predictive_transform.py", *FEW, "--epochs", "4"],
-    "avt": ["avt.py", *FEW, "--epochs", "4"],
+    "avt": ["avt.py", *FEW, "--epochs", "4", "--recipe", "fast"],
     "ba": ["vte_ba.py", *FEW, "--epochs", "4", "--pretrained", "pt.ckpt"],
     "infonce": ["vte_infonce.py", *FEW, "--epochs", "4", "--pretrained", "pt.ckpt"],
     "stl": ["stl.py", *FEW, "--epochs", "3", "--encoder", "nin", "--equi", "0"],  # whose network alone takes 270 MB
