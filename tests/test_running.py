@@ -1,6 +1,7 @@
 """Runs that are interrupted, killed and resumed, and runs shared by several processes."""
 
 import json
+import math
 import os
 import random
 import shlex
@@ -254,6 +255,38 @@ after_steps(3, signals)""")
 def parsed(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["predictive_transform.py", *map(str, flags)])
     return predictive_transform.parse_args()
+
+
+def test_the_fast_recipe_is_one_cycle_over_all_steps_and_begins_with_little_noise(tmp_path, monkeypatch):
+    """Beside torch's own schedule; the paper's recipe stays at its rate. An odd image at an epoch's end is no step."""
+    rates, sigmas = [], []
+
+    class Watched(predictive_transform.Run):
+        def epochs(self, model, optimizer, schedule=None):
+            self.optimizer = optimizer
+            yield from super().epochs(model, optimizer, schedule)
+
+        def step(self, loss, metrics, count):
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            sigmas.append(math.exp(metrics["logvar"].item() / 2))
+            super().step(loss, metrics, count)
+
+    monkeypatch.setattr(predictive_transform, "Run", Watched)
+    few = ["--dataset", "digits", "--image-size", 8, "--limit", 33, "--batch-size", 8]
+    predictive_transform.train(parsed(monkeypatch, *few, "--recipe", "fast", "--epochs", 2, "--lr", 0.01,
+                                      "--output", tmp_path / "fast.ckpt"))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=10, cycle_momentum=False)
+    expected = []
+    for _ in range(10):
+        expected.append(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+    assert rates == pytest.approx(expected[:5] + expected[6:9]) and max(rates) == pytest.approx(0.01)
+    assert sigmas[0] == pytest.approx(math.exp(-4), rel=0.3)
+    rates.clear(), sigmas.clear()
+    predictive_transform.train(parsed(monkeypatch, *few, "--epochs", 1, "--output", tmp_path / "paper.ckpt"))
+    assert rates == [1e-4] * 4 and sigmas[0] == pytest.approx(1, rel=0.3)
 
 
 def test_a_library_may_train_twice_also_in_a_thread_and_keeps_its_signal_handlers(tmp_path, monkeypatch, capsys):
