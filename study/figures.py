@@ -7,6 +7,7 @@
     python study/figures.py ranks equivariance.json --output ranks.png
     python study/figures.py features pt.ckpt vte_ba.ckpt --output features.png
     python study/figures.py errors results/cifar10-small.json --output errors.png
+    python study/figures.py overview --output overview.png
 """
 
 import json
@@ -45,6 +46,12 @@ from minter_warp import (
     views,
     warp_batch,
 )
+
+COLOURS = {  # one a method in every picture; Okabe and Ito's, told apart by the colour-blind
+    "avt": "#E69F00", "pt": "#0072B2", "vte_ba": "#009E73", "vte_infonce1": "#CC79A7", "vte_infonce2": "#56B4E9",
+    "stl": "#D55E00", "simclr": "#000000", "augmix": "#A0522D", "steerable": "#7F9F00", "mean_target": "#5D3A9B",
+    "random encoder": "#777777", "raw pixels": "#777777"}
+MARKERS = {"random encoder": "s", "raw pixels": "X"}
 
 
 def save(figure, path):
@@ -332,8 +339,6 @@ def draw_errors(args):
         raise UserError(f"'{args.results}' holds no errors on labels yet")
     shown = {key[0] for key in errors} | {method for known in published.values() for method in known}
     methods = {method: title for method, title in tables.METHODS.items() if method in shown}
-    colours = {method: plt.cm.tab10(number) for number, method in enumerate(methods)}
-    colours |= dict.fromkeys(tables.BASELINES, "grey")
     classifiers = list(dict.fromkeys(classifier for _, _, classifier, _ in errors))
     measured = {key[1] for key in errors if key[0] != "raw pixels"}
     kinds = [kind for kind in tables.KINDS if kind in measured]
@@ -351,11 +356,11 @@ def draw_errors(args):
                 values = [list(points[size].of_seed.values()) for size in sizes]
                 deviations = [np.std(value, ddof=1) if len(value) > 1 else 0 for value in values]
                 axis.errorbar(sizes, [np.mean(value) for value in values], deviations,
-                              color=colours[method], marker="x" if of_pixels else ".", capsize=2,
+                              color=COLOURS[method], marker="x" if of_pixels else ".", capsize=2,
                               label=title.replace("*", ""))
                 known = published.get(classifier, {}) if kind == tables.compared_features(results) else {}
                 theirs = known.get(method, {})
-                axis.plot(sorted(theirs), [theirs[size] for size in sorted(theirs)], "--", color=colours[method],
+                axis.plot(sorted(theirs), [theirs[size] for size in sorted(theirs)], "--", color=COLOURS[method],
                           marker=".", markersize=4, alpha=0.7)
             axis.set(xscale="log", title=f"{tables.TITLES[classifier]}{', ' if kind else ''}{tables.KINDS[kind]}")
             axis.set_xticks(labels, [f"{size:,}" for size in labels])
@@ -366,6 +371,35 @@ def draw_errors(args):
     axes[0, 0].plot([], [], "k--", label="the paper's")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.supylabel("error")
+    save(figure, args.output)
+
+
+def draw_overview(args):
+    """Equivariance against the error on labels, a point a method, with the standard deviation over training seeds."""
+    import tables
+
+    studies = {name: tables.read_results(path) for name in tables.STUDIES
+               if (path := args.pages / "results" / f"{name}.json").exists()}
+    rows, _ = tables.overview(studies)
+    rows = {method: row for method, row in rows.items() if row["H@1"]}
+    if not rows:
+        raise UserError(f"'{args.pages / 'results'}' holds no study on CIFAR-10 yet")
+    figure, axis = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
+    for method, row in rows.items():
+        spread = [np.std(list(row[name].of_seed.values()), ddof=1) if len(row[name].of_seed) > 1 else 0
+                  for name in ("k-NN", "H@1")]
+        axis.errorbar(row["k-NN"].mean(), row["H@1"].mean(), spread[1], spread[0], color=COLOURS[method], capsize=2,
+                      marker=MARKERS.get(method, "o"), markersize=8, linestyle="none",
+                      label=tables.METHODS[method])
+    axis.axhline(1 / 60, color="#777777", linestyle=":", linewidth=1)
+    axis.annotate("chance", (0, 1 / 60), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
+                  fontsize=9, color="#777777")
+    axis.set(xlabel="k-NN error with 5,000 labels (better to the left)", ylim=(0, 0.05 + max(row["H@1"].mean() for row in rows.values())),
+             ylabel="f(t(x)) found first among 60 (H@1)")
+    axis.set_title("Equivariance and labels: CIFAR-10, small scale" if any(
+        name.endswith("small") for name in studies) else "Equivariance and labels: CIFAR-10")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
     save(figure, args.output)
 
 
@@ -412,6 +446,8 @@ def parse_args():
     drawn_from_data(add, "images, transformations and t-SNE")
     add = picture("errors", draw_errors, "error against the number of labels, ours and the paper's")
     add("results", metavar="JSON", help="results/<study>.json, or the results.json of its folder")
+    add = picture("overview", draw_overview, "equivariance against error on labels, of all methods on CIFAR-10")
+    add("--pages", type=Path, default=Path(__file__).resolve().parent.parent, metavar="DIR", help="with results/")
     return parser.parse_args()
 
 

@@ -294,31 +294,42 @@ def study_section(results):
     return "\n".join([*text, "**Trainings**, last epoch", "", *trainings_table(results)])
 
 
+def overview(studies):
+    """What README shows of each method on CIFAR-10: {method: {"k-NN": error with 5,000 labels, "H@1": of the ridge map,
+    "moved"}}, each Measured, from features without sampling. The full studies as soon as any of them was made, else the
+    small ones. Best k-NN error first. Also the studies used."""
+    found, used = {}, []
+    for family in ("cifar10", "stl-cifar10"):
+        made = [studies[name] for name in (family, f"{family}-small") if studies.get(name)]
+        for results in [results for results in made if measurements(results)[0]][:1]:
+            used.append(results)
+            errors, equivariance = measurements(results)
+            for method in METHODS:
+                for features in ("mu", None):
+                    error = errors.get((method, features, "knn", 5000))
+                    if error and method not in found and not METHODS[method].startswith("*ours"):
+                        moves = {heading: equivariance.get(("projective", method, "", features, heading))
+                                 for heading in ("H@1", "moved")}
+                        found[method] = {"k-NN": error, **moves}
+    return dict(sorted(found.items(), key=lambda item: item[1]["k-NN"].mean())), used
+
+
 def readme_section(studies):
-    """The main table: the full study as soon as any of it was made, else the small one."""
-    found = [name for name in ("cifar10", "cifar10-small") if studies[name] and measurements(studies[name])[0]]
-    if not found:
+    rows, used = overview(studies)
+    if not rows:
         return "*Not yet run.*\n"
-    results, published = studies[found[0]], PUBLISHED["cifar10"]
-    errors, seeds = measurements(results)[0], len(seeds_of(results))
-    sizes = sorted({key[3] for key in errors}, reverse=True)
-    columns = [(classifier, size) for classifier in published for size in sizes]
-    rows = []
-    for method, features in in_order([key[:2] for key in errors] + [(method, "sample") for method in PAPERS]):
-        if METHODS[method].startswith("*ours"):  # these are in RESULTS.md
-            continue
-        cells = [METHODS[method], KINDS[features]]
-        for classifier, size in columns:
-            ours = errors.get((method, features, classifier, size))
-            theirs = published[classifier].get(method, {}).get(size) if features == "sample" else None
-            text = (ours.text(seeds=seeds) if ours else "–") + (f"<br>*{theirs:.3f}*" if theirs else "")
-            cells.append(text.replace("0.", "."))  # narrow columns
-        rows.append(cells)
-    headings = [f"{TITLES[name].replace(' regression', '')}, {size:,}" for name, size in columns]
-    how = "at the paper's scale" if results["scale"] == "full" else "at a small scale ([what that is](RESULTS.md))"
-    text = [f"{results['title']}, error on 10,000 test images, {how}; mean ± standard deviation over {seeds} training "
-            "seeds. *In italics the paper's*, of its full scale and one seed."]
-    return "\n".join([*table(["error", "features", *headings], rows), *text, ""])
+    published = PUBLISHED["cifar10"]["knn"]
+    lines = []
+    for method, measured in rows.items():
+        theirs = published.get(method, {}).get(5000)
+        cells = [measured[name].text() if measured[name] else "–" for name in ("k-NN", "H@1", "moved")]
+        lines.append([METHODS[method], cells[0], f"{theirs:.3f}" if theirs else "", *cells[1:]])
+    headings = ["", "k-NN error, 5,000 labels", "the paper's, trained in full", "H@1", "moved"]
+    if all(results["scale"] == "full" for results in used):
+        headings[2] = "the paper's"
+    seeds = ", ".join(f"{len(seeds_of(results))} ({results['study']}.json)" for results in used)
+    about = f"{used[0]['title']}; mean ± standard deviation over training seeds: {seeds}. Features are mu, not sampled."
+    return "\n".join([*table(headings, lines), about, ""])
 
 
 def write_pages(root):
