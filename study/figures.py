@@ -394,8 +394,8 @@ def draw_overview(args):
     axis.axhline(1 / 60, color="#777777", linestyle=":", linewidth=1)
     axis.annotate("chance", (0, 1 / 60), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
                   fontsize=9, color="#777777")
-    axis.set(xlabel="k-NN error with 5,000 labels (better to the left)", ylim=(0, 0.05 + max(row["H@1"].mean() for row in rows.values())),
-             ylabel="f(t(x)) found first among 60 (H@1)")
+    axis.set_ylim(0, 0.05 + max(row["H@1"].mean() for row in rows.values()))
+    axis.set(xlabel="k-NN error with 5,000 labels (better to the left)", ylabel="f(t(x)) found first among 60 (H@1)")
     axis.set_title("Equivariance and labels: CIFAR-10, small scale" if any(
         name.endswith("small") for name in studies) else "Equivariance and labels: CIFAR-10")
     axis.grid(alpha=0.3)
