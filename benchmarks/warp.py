@@ -1,21 +1,20 @@
-"""The batched warp against what one would use instead: agreement first, then images a second and megapixels a second.
+"""The batched warp against what one would use instead: agreement first, then images a second.
 
     python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
     python benchmarks/warp.py --device cuda --output results/warp-cuda.json --plot results/warp-cuda.png
     python benchmarks/warp.py --quick --threads 1
 
-warp: images in, images of the same type out, in each library's own layout. step: a training step's input from a uint8
+warp: images in, a batch of the same type out, in each library's own layout. step: a training step's input from a uint8
 data set, by index: random crop, flip, warp, normalise, to one contiguous (N, 3, S, S) batch of float32 or bfloat16.
 backward: forward and backward of float32 images, the gradient that of the images, the coefficients or both.
 
 Each peer is in the fastest form found. What can be made beforehand is not timed: its form of the coefficients, into
 which the flip is folded, and for a step the data set with a margin of zeros, of which a crop is a view. Freed memory is
-kept, so that no library waits for new pages. OpenCV, PIL and torchvision take one map a call and run in a loop, in one
-thread; "opencv threads" spreads the loop over --threads, as ours and IPP spread the batch. kornia fills by its own
-padding_mode="fill", which samples twice; grid_sample is the fastest form found in plain torch. Both are also compiled
-by torch.compile, for fixed shapes, at size 32 and one N. What would take others more than half a second on the CPU is
-timed on a part of N (column "on"); ours always on all of it. Contestants run in alternation, after a warm-up, and the
-median is taken.
+kept, so that nobody waits for new pages. OpenCV and PIL take one map a call and run in a loop in one thread; "opencv
+threads" spreads the loop over --threads, as ours and IPP spread the batch. kornia fills by its own padding_mode="fill",
+which samples twice; grid_sample is the fastest form found in plain torch. Both are also compiled by torch.compile, for
+fixed shapes, at one size and N. On the CPU all but ours and IPP are timed on 1,024 images at most (column "on"), which
+favours them: a larger batch leaves the caches. Contestants run in alternation; the median is taken.
 """
 
 import ctypes
@@ -37,38 +36,26 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (
-    STATISTICS,
-    Parser,
-    UserError,
-    choose_device,
-    keep_freed_memory,
-    positive_int,
-    provenance,
-    run_command,
-)
+import common
+from common import Parser, UserError, choose_device, keep_freed_memory, positive_int, provenance, run_command
 from minter_warp import normalization, projective_warp, sample_coefficients, sample_crops, warp_batch
 from minter_warp.ops import _C, CUDA_ARCHITECTURES
 
 FILL = 128
 LARGEST_BATCH = {"cpu": 2e9, "cuda": 4e9}  # bytes of the result
 LARGEST_DATA_SET = 300e6  # bytes; beyond every cache
-LONGEST, SHORTEST = 0.5, 0.01  # seconds of one sample of the time: fewer images above, several calls below
-BUDGET = 0.3  # seconds of samples for each contestant
+SHORTEST = 0.01  # seconds of one sample of the time: several calls below
 DETAILED = {"cpu": (32, 1024), "cuda": (32, 65536)}  # size and N where compiled peers and our other kernels are timed
 
 # Largest difference in grey levels from ours that is accepted, where smooth images are read at least one pixel from the
-# border (at the border itself the conventions differ: OpenCV, kornia and torchvision blend the fill in). All compute
-# the same bilinear interpolation, so only rounding is left: of the coordinates to float32 (under 0.01 here), of the
-# result to uint8 (IPP, OpenCV and torchvision round to nearest, PIL down, so 1 at most), and in older OpenCV of the
-# coordinates to 1/32 of a pixel: 1/64 off at most on either axis, where neighbours differ by 100 grey levels or so.
-LIMITS = {"kornia": 0.1, "grid_sample": 0.1, "ipp": 1.01, "opencv": 5, "opencv threads": 5, "pil": 1.01,
-          "torchvision": 1.01}
+# border (at the border itself the conventions differ: OpenCV and kornia blend the fill in). All compute the same
+# bilinear interpolation, so only rounding is left: of the coordinates to float32 (under 0.01 here), of the result to
+# uint8 (IPP and OpenCV to nearest, PIL down, so 1 at most), and in older OpenCV of the coordinates to 1/32 of a pixel:
+# 1/64 off at most on either axis, where neighbours differ by 100 grey levels or so.
+LIMITS = {"ipp": 1.01, "opencv": 5, "opencv threads": 5, "pil": 1.01, "grid_sample": 0.1, "kornia": 0.1}
 GRADIENT_LIMIT = 0.01  # difference of gradients, relative in the Euclidean norm
-MODULES = {"kornia": "kornia", "grid_sample": "torch", "opencv": "cv2", "opencv threads": "cv2", "pil": "PIL",
-           "torchvision": "torchvision"}  # IPP has none
-FLOATS_ONLY, BYTES_ONLY = ("kornia", "grid_sample"), ("pil", "torchvision")
-ON_CPU_ONLY = ("ipp", "opencv", "opencv threads", "pil")
+MODULES = {"opencv": "cv2", "opencv threads": "cv2", "pil": "PIL", "grid_sample": "torch", "kornia": "kornia"}
+ON_TENSORS = ("grid_sample", "kornia")  # float32, any device; the others on arrays, on the CPU
 SETTINGS = {"warp uint8": torch.uint8, "warp float32": torch.float32, "step float32": torch.float32,
             "step bfloat16": torch.bfloat16}  # {name: type of the result}
 
@@ -130,8 +117,6 @@ def ours(problem, target=None):
         run = functools.partial(projective_warp, p.images, p.coefficients)
     else:
         run = functools.partial(warp_batch, p.images, p.index, p.crops, p.coefficients, p.scale, p.shift, p.dtype)
-    if target is None:
-        return run
 
     def run_on_target():
         _C.set_cpu_target(target)
@@ -139,7 +124,7 @@ def ours(problem, target=None):
         _C.set_cpu_target(_C.cpu_targets()[0])
         return output
 
-    return run_on_target
+    return run_on_target if target else run
 
 
 def take_crops(problem):
@@ -154,12 +139,6 @@ def take_crops(problem):
 
 def normalised(batch, problem):
     return batch.mul_(problem.scale[:, None, None]).add_(problem.shift[:, None, None]).to(problem.dtype)
-
-
-def normalised_from_pixels(batch, problem):
-    """(N, S, S, 3) uint8 array -> (N, 3, S, S) contiguous tensor."""
-    planes = torch.from_numpy(batch).permute(0, 3, 1, 2)
-    return normalised(planes.to(torch.float32, memory_format=torch.contiguous_format), problem)
 
 
 def batched(problem, warp):
@@ -223,29 +202,55 @@ def in_shares(work, n, threads):
     list(workers(threads).map(work, limits[:-1], limits[1:]))
 
 
-def opencv(problem, threads=1):
-    import cv2
-
-    maps, options = for_integer_centres(problem.unflipped()).numpy(), {
-        "dsize": (problem.size, problem.size), "flags": cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR,
-        "borderMode": cv2.BORDER_CONSTANT, "borderValue": (FILL,) * 3}
+def on_pixels(problem, warp):
+    """warp(images, batch): writes the warped images into an array (N, S, S, 3)."""
+    p = problem
 
     def run():
-        images = problem.views()
-        batch = np.empty((len(images), problem.size, problem.size, 3), problem.pixels.dtype)
-
-        def warp(start, stop):
-            for image, map, output in zip(images[start:stop], maps[start:stop], batch[start:stop], strict=True):
-                cv2.warpPerspective(image, map, dst=output, **options)
-
-        in_shares(warp, len(images), threads)
-        return batch if problem.index is None else normalised_from_pixels(batch, problem)
+        batch = np.empty((len(p.coefficients), p.size, p.size, 3), p.pixels.dtype)
+        warp(batch)
+        if p.index is None:
+            return batch
+        planes = torch.from_numpy(batch).permute(0, 3, 1, 2)
+        return normalised(planes.to(torch.float32, memory_format=torch.contiguous_format), p)
 
     return run
 
 
+def opencv(problem, threads=1):
+    import cv2
+
+    maps = for_integer_centres(problem.unflipped()).numpy()
+    options = {"dsize": (problem.size, problem.size), "flags": cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR,
+               "borderMode": cv2.BORDER_CONSTANT, "borderValue": (FILL,) * 3}
+
+    def warp(batch):
+        images = problem.views()
+
+        def share(start, stop):
+            for image, map, output in zip(images[start:stop], maps[start:stop], batch[start:stop], strict=True):
+                cv2.warpPerspective(image, map, dst=output, **options)
+
+        in_shares(share, len(images), threads)
+
+    return on_pixels(problem, warp)
+
+
 def opencv_threads(problem):
     return opencv(problem, torch.get_num_threads())
+
+
+def pil(problem):
+    from PIL import Image
+
+    size, maps = (problem.size, problem.size), problem.unflipped().tolist()
+    options = {"resample": Image.Resampling.BILINEAR, "fillcolor": (FILL,) * 3}
+
+    def warp(batch):
+        for output, image, map in zip(batch, problem.views(), maps, strict=True):
+            output[:] = Image.fromarray(image).transform(size, Image.Transform.PERSPECTIVE, map, **options)
+
+    return on_pixels(problem, warp)
 
 
 @functools.cache
@@ -262,138 +267,82 @@ def ipp_library():
 
 
 def ipp(problem):
-    """Intel IPP's ippiWarpBatch: a share of the batch a call, one matrix an image, channels last (three planes by
-    themselves take it longer). It has less to do than the others: where the point read lies outside the outermost
-    pixel centres nothing is written, whatever border it is told, and the pixel stays what it was in memory."""
+    """Intel IPP's ippiWarpBatch: one call for the share of a thread, one matrix an image, channels last (planes by
+    themselves take it longer). It does less than the others: where the point read lies outside the outermost pixel
+    centres nothing is written, whatever border it is told, and a pixel stays what it was in memory."""
     library, p, size, n = ipp_library(), problem, problem.size, len(problem.coefficients)
-    itemsize, threads = p.pixels.itemsize, torch.get_num_threads()
-    warp_share = getattr(library, f"ippiWarpBatch_{'8u' if itemsize == 1 else '32f'}_C3R_L")
-    maps = for_integer_centres(p.unflipped()).numpy()
-    fill = (ctypes.c_double * 3)(FILL, FILL, FILL)
-
-    def items(addresses, row_bytes):
-        """IppiBatchItem[n]: (n, 4) int64 of address, bytes from row to row, width, height."""
-        return np.stack(np.broadcast_arrays(addresses, row_bytes, size, size), 1)
+    kind, name = {1: (1, "8u"), 4: (13, "32f")}[p.pixels.itemsize]
+    threads, maps = torch.get_num_threads(), for_integer_centres(p.unflipped()).numpy()
+    # perspective, type, channels, linear, backward, constant border; the batch is one block of results and of maps
+    options, uniform = (1, kind, 3, 2, 1, 6), 2 | 4
+    fill, prepared = (ctypes.c_double * 3)(FILL, FILL, FILL), {}
 
     def sources():
-        corners = 0 if p.index is None else p.corners().numpy() @ p.pixels.strides[1:3]
-        index = np.arange(n) if p.index is None else p.index.numpy()
-        return items(p.pixels.ctypes.data + index * p.pixels.strides[0] + corners, p.pixels.strides[1])
+        """IppiBatchItem[N]: (N, 4) int64 of address, bytes from row to row, width, height."""
+        image, row, column, _ = p.pixels.strides
+        if p.index is None:
+            offsets = np.arange(n) * image
+        else:
+            offsets = p.index.numpy() * image + p.corners().numpy() @ (row, column)
+        return np.stack(np.broadcast_arrays(p.pixels.ctypes.data + offsets, row, size, size), 1)
 
-    def outputs(batch):
-        return items(batch.ctypes.data + np.arange(n) * batch.strides[0], batch.strides[1])
-
-    def arguments(source, output, start, stop):
-        """What all of its functions take first; transforms are IppBatchItem[n]: address, number of coefficients."""
-        return (*(ctypes.c_void_p(array[start:].ctypes.data) for array in (source, output)),
-                ctypes.c_ssize_t(stop - start), ctypes.c_void_p(transforms[start:].ctypes.data))
+    def arguments(images, batch, start, stop):
+        """What its functions begin with; the last is an IppBatchItem: address, coefficients of a map."""
+        output = np.array([batch[start:].ctypes.data, batch.strides[1], size, size])
+        map = np.array([maps[start:].ctypes.data, 9])
+        return [images[start:].ctypes, output.ctypes, ctypes.c_ssize_t(stop - start), map.ctypes]
 
     def check(status):
         if status:
             raise UserError(f"Intel IPP refuses the batch with status {status}: leave ipp out of --peers")
 
-    transforms = np.stack(np.broadcast_arrays(maps.ctypes.data + np.arange(n) * maps.strides[0], 9), 1)
-    options = 1, 1 if itemsize == 1 else 13, 3, 2, 1, 6  # perspective, ipp8u or ipp32f, C3, linear, backward, constant
-    source, output, prepared = sources(), outputs(np.empty((n, size, size, 3), p.pixels.dtype)), {}
-
     def prepare(start, stop):
-        batch, length = arguments(source, output, start, stop), [ctypes.c_ssize_t() for _ in range(3)]
-        spec_size, first_size, work_size = map(ctypes.byref, length)
-        check(library.ippiWarpBatchGetSize_L(*batch, *options, 0, spec_size, first_size))
-        spec, first = (ctypes.create_string_buffer(max(1, size.value)) for size in length[:2])
-        check(library.ippiWarpBatchInit_L(*batch, *options, fill, 0, spec, first))
-        check(library.ippiWarpBatchGetBufferSize_L(*batch, spec, work_size))
-        prepared[start] = spec, ctypes.create_string_buffer(max(1, length[2].value)), fill
+        batch = arguments(sources(), p.pixels, start, stop)
+        bytes = [ctypes.c_ssize_t() for _ in range(3)]
+        of_spec, of_start, of_work = map(ctypes.byref, bytes)
+        check(library.ippiWarpBatchGetSize_L(*batch, *options, uniform, of_spec, of_start))
+        spec, start_up = (ctypes.create_string_buffer(size.value + 1) for size in bytes[:2])
+        check(library.ippiWarpBatchInit_L(*batch, *options, fill, uniform, spec, start_up))
+        check(library.ippiWarpBatchGetBufferSize_L(*batch, spec, of_work))
+        prepared[start] = spec, ctypes.create_string_buffer(bytes[2].value + 1)
+
+    def warp(batch):
+        images, function = sources(), getattr(library, f"ippiWarpBatch_{name}_C3R_L")
+        in_shares(lambda start, stop: check(function(*arguments(images, batch, start, stop), *prepared[start])),
+                  n, threads)
 
     in_shares(prepare, n, threads)
-
-    def run():
-        batch = np.empty((n, size, size, 3), p.pixels.dtype)
-        source, output = sources(), outputs(batch)
-
-        def warp(start, stop):
-            check(warp_share(*arguments(source, output, start, stop), *prepared[start][:2]))
-
-        in_shares(warp, n, threads)
-        return batch if p.index is None else normalised_from_pixels(batch, p)
-
-    return run
+    return on_pixels(p, warp)
 
 
-def pil(problem):
-    from PIL import Image
-
-    p, size = problem, problem.size
-    maps = p.unflipped().tolist()
-
-    def warp(image, map):
-        return image.transform((size, size), Image.Transform.PERSPECTIVE, map, Image.Resampling.BILINEAR,
-                               fillcolor=(FILL,) * 3)
-
-    if p.index is None:
-        images = [Image.fromarray(image) for image in p.pixels]
-        return lambda: [warp(image, map) for image, map in zip(images, maps, strict=True)]
-
-    def run():
-        batch = np.empty((len(maps), size, size, 3), np.uint8)
-        for output, image, map in zip(batch, p.views(), maps, strict=True):
-            output[:] = warp(Image.fromarray(image), map)
-        return normalised_from_pixels(batch, p)
-
-    return run
-
-
-def torchvision(problem):
-    from torchvision.transforms.v2.functional import perspective
-
-    p, size = problem, problem.size
-    maps = p.unflipped().tolist()
-
-    def run():
-        if p.index is None:
-            images = p.images
-        else:
-            images = [p.padded[at, :, down : down + size, right : right + size]
-                      for at, (down, right) in zip(p.index.tolist(), p.corners().tolist(), strict=True)]
-        batch = [perspective(image, None, None, fill=[FILL] * 3, coefficients=map)
-                 for image, map in zip(images, maps, strict=True)]
-        return batch if p.index is None else normalised(torch.stack(batch).float(), p)
-
-    return run
-
-
-PEERS = {"ipp": ipp, "opencv": opencv, "opencv threads": opencv_threads, "grid_sample": grid_sample, "kornia": kornia,
-         "pil": pil, "torchvision": torchvision}
+PEERS = {"ipp": ipp, "opencv": opencv, "opencv threads": opencv_threads, "pil": pil, "grid_sample": grid_sample,
+         "kornia": kornia}
 
 
 def installed(names, device):
     """{name: version} of the libraries that are here and run on this device; a note for each of the others."""
     found = {}
     for name in names:
-        if device.type == "cuda" and name in ON_CPU_ONLY:
-            print(f"note: {name} is left out, which runs on the CPU only")
-        elif name == "opencv threads" and torch.get_num_threads() == 1:
-            print("note: opencv threads is left out, there is one thread")
-        else:
-            try:
-                if name == "ipp":
-                    found[name] = ipp_library() and metadata.version(name)
-                else:
-                    found[name] = importlib.import_module(MODULES[name]).__version__
-            except ImportError as error:
-                print(f"note: {name} is left out ({error}); pip install '.[bench]' has it")
+        try:
+            if device.type == "cuda" and name not in ON_TENSORS:
+                raise ImportError("it runs on the CPU only")
+            if name == "ipp":
+                found[name] = ipp_library() and metadata.version(name)
+            else:
+                found[name] = importlib.import_module(MODULES[name]).__version__
+        except ImportError as error:
+            print(f"note: {name} is left out ({error}); pip install '.[bench]' has all that run here")
     return found
 
 
 def contestants(setting, problem, peers):
     """{name: how to make its function}, ours first. Compiled ones and our other kernels at one size and N only."""
-    others = [name for name in peers if name not in {"warp uint8": FLOATS_ONLY, "warp float32": BYTES_ONLY}.get(setting,
-                                                                                                               ())]
-    device = problem.images.device.type
-    entries = {"ours": ours, **{name: PEERS[name] for name in others}}
+    left_out = {"warp uint8": (*ON_TENSORS, "pil"), "warp float32": ("pil",)}.get(setting, ())  # PIL would only convert
+    entries, device = {"ours": ours}, problem.images.device.type
+    entries |= {name: PEERS[name] for name in peers if name not in left_out}
     if (problem.size, len(problem.coefficients)) == DETAILED[device]:
         entries |= {f"{name}, compiled": functools.partial(compiled, make=PEERS[name])
-                    for name in others if name in FLOATS_ONLY}
+                    for name in ON_TENSORS if name in entries}
         if device == "cpu":
             entries |= {f"ours, {target}": functools.partial(ours, target=target) for target in _C.cpu_targets()[1:]}
     return entries
@@ -424,7 +373,7 @@ def make_problem(setting, data_set, padded, pixels, n, generator):
     index = torch.randint(0, len(data_set), (n,), generator=generator).to(device)
     crops = sample_crops(n, size, generator).to(device)
     return Problem(data_set, coefficients, dtype, index, crops, padded, pixels,
-                   *normalization(*STATISTICS["cifar10"], device))
+                   *normalization(*common.STATISTICS["cifar10"], device))
 
 
 def with_margin(data_set):
@@ -436,14 +385,11 @@ def with_margin(data_set):
 # -------------------------------------------------------------------------------------------------------- agreement
 
 
-def as_tensor(output, count):
-    """The first images of whatever a contestant returned, as (count, 3, S, S) float32 on the CPU."""
-    output = output[:count]
-    if isinstance(output, torch.Tensor):
-        return output.float().cpu()
-    if isinstance(output[0], torch.Tensor):
-        return torch.stack(output).float().cpu()
-    return torch.from_numpy(np.stack([np.asarray(image) for image in output])).permute(0, 3, 1, 2).float()
+def as_tensor(output):
+    """The first 64 images of a result as (N, 3, S, S) float32 on the CPU."""
+    if isinstance(output, np.ndarray):
+        output = torch.from_numpy(output).permute(0, 3, 1, 2)
+    return output[:64].float().cpu()
 
 
 def distance_from_border(coefficients, size):
@@ -458,7 +404,7 @@ def distance_from_border(coefficients, size):
 def compare(setting, problem, outputs):
     """One row for each of the outputs, {name: of 64 images}: its difference from the first in grey levels. Raises
     UserError where it is more than rounding explains."""
-    outputs = {name: as_tensor(output, 64) for name, output in outputs.items()}
+    outputs = {name: as_tensor(output) for name, output in outputs.items()}
     expected, rows = outputs.pop(next(iter(outputs))), []
     unit = 1 if problem.scale is None else problem.scale.cpu()[:, None, None]
     distance = distance_from_border(problem.coefficients[:64], problem.size).expand_as(expected)
@@ -515,32 +461,13 @@ def seconds_of(run, calls, device):
 
 
 def median_seconds(runs, repeats, device):
-    """{name: median seconds of one call}; the runs take turns."""
-    calls = {}
-    for name, run in runs.items():
-        estimate = seconds_of(run, 1, device)  # the warm-up
-        if estimate < 0.2:
-            estimate = seconds_of(run, 1, device)
-        calls[name] = max(1, math.ceil(SHORTEST / estimate)), estimate
-    expected = sum(number * estimate for number, estimate in calls.values())
-    rounds = min(repeats, max(3, int(BUDGET * len(runs) / expected)))
+    """{name: median seconds of one call}; the runs take turns, after two calls to warm up."""
+    warm = {name: min(seconds_of(run, 1, device), seconds_of(run, 1, device)) for name, run in runs.items()}
     times = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in range(repeats):
         for name, run in runs.items():
-            times[name].append(seconds_of(run, calls[name][0], device))
+            times[name].append(seconds_of(run, math.ceil(SHORTEST / warm[name]), device))
     return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
-def fewer(name, make, problem, device):
-    """How many of the images to time a contestant on: on CUDA all, but for torchvision's loop."""
-    n = len(problem.coefficients)
-    if name.startswith("ours") or name.endswith("compiled") or (device.type == "cuda" and name != "torchvision"):
-        return n
-    tried = min(n, 64)
-    run = make(problem.first(tried))
-    run()
-    images = LONGEST * tried / seconds_of(run, 1, device)
-    return n if n <= images else max(16, int(images) // 16 * 16)
 
 
 def rows_of(setting, size, n, seconds, counts):
@@ -563,26 +490,27 @@ def show(rows):
 
 
 def time_forward(setting, problem, peers, repeats, device, bandwidth):
-    """(rows of the times, rows of the agreement of what is compiled with what is not)."""
-    n, counts, runs, agreement = len(problem.coefficients), {}, {}, []
+    """One row for each contestant. What is compiled has to agree with what is not."""
+    n, counts, runs = len(problem.coefficients), {}, {}
     for name, make in contestants(setting, problem, peers).items():
+        whole = device.type == "cuda" or name == "ipp" or name.startswith("ours")
+        counts[name] = n if whole else min(n, 1024)
         try:
-            counts[name] = fewer(name, make, problem, device)
             run = make(problem.first(counts[name]))
-            output = run()
-            if name.endswith("compiled") and problem.dtype != torch.bfloat16:
-                eager = PEERS[name.split(",")[0]](problem.first(64))()
-                agreement += compare(setting, problem, {"eager": eager, name: output})
+            if name.endswith("compiled") and problem.dtype == torch.float32:
+                eager = PEERS[name.removesuffix(", compiled")](problem)
+                compare(setting, problem, {"eager": eager(), name: run()})
+            run()
             runs[name] = run
         except torch.OutOfMemoryError:
             print(f"note: {name} is left out, memory is short for N = {n:,} at size {problem.size}")
     if "ours" not in runs:
-        return [], agreement
+        return []
     rows = rows_of(setting, problem.size, n, median_seconds(runs, repeats, device), counts)
     if bandwidth:  # an image has to be read and written once
         moved = 3 * problem.size**2 * (problem.images.element_size() + problem.dtype.itemsize)
         rows[0]["share_of_copies"] = rows[0]["images_per_second"] * moved / bandwidth
-    return rows, agreement
+    return rows
 
 
 def time_backward(size, n, repeats, device):
@@ -629,30 +557,24 @@ def draw(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes, names = sorted({row["size"] for row in rows}), dict.fromkeys(row["library"] for row in rows)
-    colours = {name: f"C{i}" for i, name in enumerate(PEERS)} | {"ours": "black"}
+    sizes, colours = sorted({row["size"] for row in rows}), {"ours": "black"}
+    colours |= {name: f"C{i}" for i, name in enumerate(PEERS)}  # what is compiled stands in the figures
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.7))
     for axis, setting in zip(axes, list(SETTINGS)[:3], strict=False):
-        for name in filter(colours.get, names):  # those of a single N are in the tables
+        for name, colour in colours.items():
             points = [(row["n"], row["images_per_second"]) for row in rows
                       if (row["setting"], row["size"], row["library"]) == (setting, sizes[0], name)]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours[name])
+            axis.plot(*np.array(points).reshape(-1, 2).T, marker="o", markersize=4, color=colour, label=name)
         axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="images/s",
                  title=f"{setting}, {sizes[0]} × {sizes[0]}")
     for setting, style in zip(SETTINGS, ("-", "--", "-.", ":"), strict=True):
         best = [max(row["megapixels_per_second"] for row in rows
                     if (row["setting"], row["size"], row["library"]) == (setting, size, "ours")) for size in sizes]
         axes[3].plot(sizes, best, style, marker="o", markersize=4, color="black", label=setting)
-    axes[3].set(xscale="log", ylim=0, xlabel="side in pixels", ylabel="megapixels/s", title="ours, at its best N")
-    axes[3].set_xticks(sizes, map(str, sizes))
-    axes[3].minorticks_off()
+    axes[3].set(ylim=0, xlabel="side in pixels", ylabel="megapixels/s", title="ours, at its best N")
     axes[3].legend(fontsize=8)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    handles = [plt.Line2D([], [], color=colours[name], marker="o", label=name) for name in names if name in colours]
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=len(colours), frameon=False)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
@@ -679,7 +601,7 @@ def main():
     add("--sizes", type=positive_int, nargs="+", default=[32, 64, 96, 224], help="sides in pixels, 8 or more")
     add("--batches", type=positive_int, nargs="+", help="N (default: 64 1024 16384, on CUDA 1024 65536 1048576)")
     add("--threads", type=positive_int, default=torch.get_num_threads())
-    add("--repeats", type=positive_int, default=15, help="samples of each time at most")
+    add("--repeats", type=positive_int, default=9, help="samples of each time")
     add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with")
     add("--quick", action="store_true", help="size 32 with N of 64 and 1024, and no other backward, in a minute")
     add("--check", action="store_true", help="see whether all agree, and time nothing")
@@ -701,7 +623,7 @@ def main():
     batches = [64, 1024] if args.quick else args.batches or usual
     torch.set_num_threads(args.threads)
     peers = installed(args.peers, device)
-    if "opencv" in peers or "opencv threads" in peers:
+    if {"opencv", "opencv threads"} & set(peers):
         importlib.import_module("cv2").setNumThreads(1)
     bandwidth = copy_bandwidth(device) if device.type == "cuda" and not args.check else None
     record = {**provenance(device), "device": device.type, "cores": os.cpu_count(), "memory_kept": kept,
@@ -723,11 +645,9 @@ def main():
                 print(f"\nnote: {setting} of N = {n:,} at size {size} is left out, {large / 1e9:.1f} GB")
                 continue
             problem = make_problem(setting, data_set, padded, pixels, n, generator)
-            new, compared = time_forward(setting, problem, peers, args.repeats, device, bandwidth)
-            if new:
-                show(new)
+            new = time_forward(setting, problem, peers, args.repeats, device, bandwidth)
+            show(new)
             rows += new
-            agreement += compared
             if args.output:  # what has been measured is there, whatever ends the rest
                 write(args.output, record, rows, agreement)
     for size, n in [(32, 1024)] if args.quick else [(32, 1024), (96, 64)]:
