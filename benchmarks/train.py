@@ -72,7 +72,8 @@ def replaced(module, **values):
 
 def train(name, n, args, folder, *flags):
     """Runs a script's training on n random images; returns its log. Nothing is left of the run before."""
-    torch.compiler.reset()
+    if "--compile" in flags:
+        torch.compiler.reset()
     torch.use_deterministic_algorithms(False)
     script, *own = SCRIPTS[name]
     module, output = importlib.import_module(script), Path(folder) / "run.ckpt"
@@ -91,7 +92,7 @@ def train(name, n, args, folder, *flags):
 def in_a_process(function, *arguments):
     """function(*arguments), in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch._dynamo"])  # what takes seconds to import
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -259,7 +260,7 @@ def capabilities(device, dtype):
 
     def seconds(run):
         times = []
-        for _ in range(8):
+        for _ in range(4):
             start = time.perf_counter()
             run()
             if device == "cuda":
