@@ -84,7 +84,8 @@ def train(name, n, args, folder, *flags):
     command = [str(Path(folder) / "pt.ckpt") if part == "PT" else str(part) for part in command]
     data = common.Images(random_images(n, args.image_size), None, [], args.image_size)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), \
-            replaced(sys, argv=command), replaced(common, load_images=lambda *_: data):
+            replaced(sys, argv=command), replaced(common, load_images=lambda *_: data), \
+            replaced(module, **({"reference_errors": dict} if hasattr(module, "reference_errors") else {})):
         module.train(module.parse_args())
     return [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
 
