@@ -2,7 +2,7 @@
 
     python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
     python benchmarks/warp.py --device cuda --output results/warp-cuda.json --plot results/warp-cuda.png
-    python benchmarks/warp.py --quick --threads 1
+    python benchmarks/warp.py --threads 1 --sizes 32 --batches 64 1024
 
 warp: images in, a batch of the same type out, in each library's own layout. step: a training step's input from a uint8
 data set, by index: random crop, flip, warp, normalise, to one contiguous (N, 3, S, S) batch of float32 or bfloat16.
@@ -44,6 +44,7 @@ from minter_warp.ops import _C, CUDA_ARCHITECTURES
 FILL = 128
 LARGEST_BATCH = {"cpu": 2e9, "cuda": 4e9}  # bytes of the result
 LARGEST_DATA_SET = 300e6  # bytes; beyond every cache
+BACKWARD_PIXELS = {"cpu": 2**20, "cuda": 2**26}  # of a batch
 SHORTEST = 0.01  # seconds of one sample of the time: several calls below
 DETAILED = {"cpu": (32, 1024), "cuda": (32, 65536)}  # size and N where compiled peers and our other kernels are timed
 
@@ -111,20 +112,21 @@ class Problem:
 
 
 def ours(problem, target=None):
-    """target: one of the kernels for this processor, other than the default."""
+    """target: one of the kernels for this processor, in place of the default."""
     p = problem
-    if p.index is None:
-        run = functools.partial(projective_warp, p.images, p.coefficients)
-    else:
-        run = functools.partial(warp_batch, p.images, p.index, p.crops, p.coefficients, p.scale, p.shift, p.dtype)
 
-    def run_on_target():
-        _C.set_cpu_target(target)
-        output = run()
-        _C.set_cpu_target(_C.cpu_targets()[0])
+    def run():
+        if target:
+            _C.set_cpu_target(target)
+        if p.index is None:
+            output = projective_warp(p.images, p.coefficients)
+        else:
+            output = warp_batch(p.images, p.index, p.crops, p.coefficients, p.scale, p.shift, p.dtype)
+        if target:
+            _C.set_cpu_target(_C.cpu_targets()[0])
         return output
 
-    return run_on_target if target else run
+    return run
 
 
 def take_crops(problem):
@@ -141,11 +143,12 @@ def normalised(batch, problem):
     return batch.mul_(problem.scale[:, None, None]).add_(problem.shift[:, None, None]).to(problem.dtype)
 
 
-def batched(problem, warp):
-    """warp: float32 images to warped float32 images."""
+def on_tensors(problem, warp):
+    """warp: float32 images to warped float32 images. The crops are not compiled on a CPU, where that is slower."""
     if problem.index is None:
         return lambda: warp(problem.images)
-    return lambda: normalised(warp(take_crops(problem).float()), problem)
+    take = take_crops if problem.images.is_cuda else torch.compiler.disable(take_crops)
+    return lambda: normalised(warp(take(problem).float()), problem)
 
 
 def matrices(coefficients):
@@ -167,7 +170,7 @@ def grid_sample_warp(images, coefficients):
 
 
 def grid_sample(problem):
-    return batched(problem, functools.partial(grid_sample_warp, coefficients=problem.unflipped()))
+    return on_tensors(problem, functools.partial(grid_sample_warp, coefficients=problem.unflipped()))
 
 
 def for_integer_centres(coefficients):
@@ -182,7 +185,7 @@ def kornia(problem):
     forward = for_integer_centres(problem.unflipped()).inverse().float()
     options = {"dsize": (problem.size, problem.size), "padding_mode": "fill",
                "fill_value": torch.full((3,), float(FILL), device=forward.device)}
-    return batched(problem, lambda images: warp_perspective(images, forward, **options))
+    return on_tensors(problem, lambda images: warp_perspective(images, forward, **options))
 
 
 def compiled(problem, make):
@@ -203,7 +206,7 @@ def in_shares(work, n, threads):
 
 
 def on_pixels(problem, warp):
-    """warp(images, batch): writes the warped images into an array (N, S, S, 3)."""
+    """warp(batch): writes the warped images into an array (N, S, S, 3)."""
     p = problem
 
     def run():
@@ -234,10 +237,6 @@ def opencv(problem, threads=1):
         in_shares(share, len(images), threads)
 
     return on_pixels(problem, warp)
-
-
-def opencv_threads(problem):
-    return opencv(problem, torch.get_num_threads())
 
 
 def pil(problem):
@@ -315,8 +314,8 @@ def ipp(problem):
     return on_pixels(p, warp)
 
 
-PEERS = {"ipp": ipp, "opencv": opencv, "opencv threads": opencv_threads, "pil": pil, "grid_sample": grid_sample,
-         "kornia": kornia}
+PEERS = {"ipp": ipp, "opencv": opencv, "opencv threads": lambda problem: opencv(problem, torch.get_num_threads()),
+         "pil": pil, "grid_sample": grid_sample, "kornia": kornia}
 
 
 def installed(names, device):
@@ -358,13 +357,20 @@ def smooth_images(n, size, generator):
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
+def with_margin(data_set):
+    """(data set, padded, pixels), as in Problem."""
+    padded = F.pad(data_set, (data_set.shape[-1] // 8,) * 4)
+    return data_set, padded, channels_last(padded)
+
+
 def channels_last(images):
     """(N, 3, H, W) tensor -> (N, H, W, 3) array, on the CPU; None on CUDA."""
     return None if images.is_cuda else images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def make_problem(setting, data_set, padded, pixels, n, generator):
-    """data_set: (M, 3, S, S) uint8. padded, pixels: as in Problem."""
+def make_problem(setting, data_set, n, generator):
+    """data_set: (images, padded, pixels), all of M images, as in Problem."""
+    data_set, padded, pixels = data_set
     size, device, dtype = data_set.shape[-1], data_set.device, SETTINGS[setting]
     coefficients = sample_coefficients(n, size, generator).to(device)
     if setting.startswith("warp"):
@@ -374,12 +380,6 @@ def make_problem(setting, data_set, padded, pixels, n, generator):
     crops = sample_crops(n, size, generator).to(device)
     return Problem(data_set, coefficients, dtype, index, crops, padded, pixels,
                    *normalization(*common.STATISTICS["cifar10"], device))
-
-
-def with_margin(data_set):
-    """(padded, pixels) of a data set, as in Problem."""
-    padded = F.pad(data_set, (data_set.shape[-1] // 8,) * 4)
-    return padded, channels_last(padded)
 
 
 # -------------------------------------------------------------------------------------------------------- agreement
@@ -432,9 +432,9 @@ def check_agreement(sizes, peers, device):
           f"{'limit':>8}{'pixels':>9}")
     for size in sizes:
         generator = torch.Generator().manual_seed(0)
-        data_set = smooth_images(64, size, generator).to(device)
+        data_set = with_margin(smooth_images(64, size, generator).to(device))
         for setting in list(SETTINGS)[:3]:  # bfloat16 is rounded more coarsely than a grey level
-            problem = make_problem(setting, data_set, *with_margin(data_set), 64, generator)
+            problem = make_problem(setting, data_set, 64, generator)
             entries = contestants(setting, problem, peers)
             rows += compare(setting, problem, {name: make(problem)() for name, make in entries.items()})
     return rows
@@ -474,19 +474,18 @@ def rows_of(setting, size, n, seconds, counts):
     """One row for each contestant of one problem; the first is ours."""
     rates = {name: counts[name] / each for name, each in seconds.items()}
     return [{"setting": setting, "library": name, "size": size, "n": n, "measured_on": counts[name],
-             "seconds": seconds[name], "images_per_second": rate, "megapixels_per_second": rate * size * size / 1e6,
-             "ours_over_it": rates["ours"] / rate} for name, rate in rates.items()]
+             "seconds": seconds[name], "images_per_second": rate, "ours_over_it": rates["ours"] / rate}
+            for name, rate in rates.items()]
 
 
 def show(rows):
-    first = rows[0]
-    print(f"\n{first['setting']}, {first['size']} x {first['size']}, N = {first['n']:,}\n"
-          f"{'':24}{'images/s':>12}{'megapixels/s':>14}{'ours / it':>11}{'on':>10}"
-          + ("  of copies" if "share_of_copies" in first else ""))
+    for row in rows[:1]:
+        print(f"\n{row['setting']}, {row['size']} x {row['size']}, N = {row['n']:,}\n"
+              f"{'':24}{'images/s':>12}{'ours / it':>11}{'on':>11}")
     for row in rows:
-        share = f"{row['share_of_copies']:11.1%}" if "share_of_copies" in row else ""
-        print(f"{row['library']:24}{row['images_per_second']:12,.0f}{row['megapixels_per_second']:14,.1f}"
-              f"{row['ours_over_it']:11.2f}{row['measured_on']:10,}{share}", flush=True)
+        share = f"  {row['share_of_copies']:.1%} of a copy's bandwidth" if "share_of_copies" in row else ""
+        print(f"{row['library']:24}{row['images_per_second']:12,.0f}{row['ours_over_it']:11.2f}{row['measured_on']:11,}"
+              f"{share}", flush=True)
 
 
 def time_forward(setting, problem, peers, repeats, device, bandwidth):
@@ -516,17 +515,17 @@ def time_forward(setting, problem, peers, repeats, device, bandwidth):
 def time_backward(size, n, repeats, device):
     """Forward and backward of ours and of grid_sample; their gradients have to agree."""
     rows, generator = [], torch.Generator().manual_seed(0)
-    images = smooth_images(n, size, generator).float().to(device)
-    coefficients = sample_coefficients(n, size, generator).to(device)
+    inputs = {"images": smooth_images(n, size, generator).float().to(device),
+              "coefficients": sample_coefficients(n, size, generator).to(device)}
     grad = torch.randn(n, 3, size, size, generator=generator).to(device)
 
     def step(warp, wanted):
-        inputs = images.requires_grad_("images" in wanted), coefficients.requires_grad_("coefficients" in wanted)
-        return torch.autograd.grad(warp(*inputs), [tensor for tensor in inputs if tensor.requires_grad], grad)
+        given = {name: tensor.requires_grad_(name in wanted) for name, tensor in inputs.items()}
+        return torch.autograd.grad(warp(**given), [given[name] for name in wanted], grad)
 
     for wanted in (("images",), ("coefficients",), ("images", "coefficients")):
-        runs = {name: functools.partial(step, warp, wanted)
-                for name, warp in {"ours": projective_warp, "grid_sample": grid_sample_warp}.items()}
+        runs = {"ours": functools.partial(step, projective_warp, wanted),
+                "grid_sample": functools.partial(step, grid_sample_warp, wanted)}
         apart = max(((b - a).norm() / a.norm()).item()
                     for a, b in zip(runs["ours"](), runs["grid_sample"](), strict=True))
         if not apart <= GRADIENT_LIMIT:
@@ -551,30 +550,33 @@ def copy_bandwidth(device):
 
 
 def draw(rows, path):
-    """Images/s of each library against N for the warps and the step, and ours in megapixels/s against the size."""
+    """Images/s of each library against N for a warp and a step, and ours in megapixels/s against the size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes, colours = sorted({row["size"] for row in rows}), {"ours": "black"}
-    colours |= {name: f"C{i}" for i, name in enumerate(PEERS)}  # what is compiled stands in the figures
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.7))
-    for axis, setting in zip(axes, list(SETTINGS)[:3], strict=False):
-        for name, colour in colours.items():
-            points = [(row["n"], row["images_per_second"]) for row in rows
-                      if (row["setting"], row["size"], row["library"]) == (setting, sizes[0], name)]
-            axis.plot(*np.array(points).reshape(-1, 2).T, marker="o", markersize=4, color=colour, label=name)
+    def chosen(setting, name, **same):
+        return [row for row in rows if (row["setting"], row["library"]) == (setting, name)
+                and all(row[key] == value for key, value in same.items())]
+
+    smallest = min(row["size"] for row in rows)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.7))
+    for axis, setting in zip(axes, ("warp uint8", "step float32"), strict=False):
+        for i, name in enumerate(("ours", *PEERS)):  # what is compiled stands in the figures
+            shown = chosen(setting, name, size=smallest)
+            axis.plot([row["n"] for row in shown], [row["images_per_second"] for row in shown], "o-", markersize=4,
+                      color=f"C{i}", label=name)
         axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="images/s",
-                 title=f"{setting}, {sizes[0]} × {sizes[0]}")
-    for setting, style in zip(SETTINGS, ("-", "--", "-.", ":"), strict=True):
-        best = [max(row["megapixels_per_second"] for row in rows
-                    if (row["setting"], row["size"], row["library"]) == (setting, size, "ours")) for size in sizes]
-        axes[3].plot(sizes, best, style, marker="o", markersize=4, color="black", label=setting)
-    axes[3].set(ylim=0, xlabel="side in pixels", ylabel="megapixels/s", title="ours, at its best N")
-    axes[3].legend(fontsize=8)
+                 title=f"{setting}, {smallest} × {smallest}")
+    for setting in SETTINGS:
+        shown = chosen(setting, "ours", n=1024)
+        axes[2].plot([row["size"] for row in shown], [row["images_per_second"] * row["size"]**2 / 1e6 for row in shown],
+                     "o-", markersize=4, label=setting)
+    axes[2].set(ylim=0, xlabel="side in pixels", ylabel="megapixels/s", title="ours, N = 1,024")
+    axes[2].legend(fontsize=8)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=len(colours), frameon=False)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="lower center", ncol=len(PEERS) + 1, frameon=False)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
@@ -603,7 +605,6 @@ def main():
     add("--threads", type=positive_int, default=torch.get_num_threads())
     add("--repeats", type=positive_int, default=9, help="samples of each time")
     add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with")
-    add("--quick", action="store_true", help="size 32 with N of 64 and 1024, and no other backward, in a minute")
     add("--check", action="store_true", help="see whether all agree, and time nothing")
     add("--output", help="JSON file for the figures")
     add("--plot", help="PNG file for the picture")
@@ -616,11 +617,9 @@ def main():
     for path in filter(None, (args.output, args.plot)):
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"cannot write '{path}': there is no such folder", exit_code=2)
-    sizes = [32] if args.quick else args.sizes
-    if min(sizes) < 8:
+    if min(args.sizes) < 8:
         raise UserError("--sizes have to be 8 or more", exit_code=2)
-    usual = [1024, 65536, 1048576] if device.type == "cuda" else [64, 1024, 16384]
-    batches = [64, 1024] if args.quick else args.batches or usual
+    batches = args.batches or ([1024, 65536, 1048576] if device.type == "cuda" else [64, 1024, 16384])
     torch.set_num_threads(args.threads)
     peers = installed(args.peers, device)
     if {"opencv", "opencv threads"} & set(peers):
@@ -631,27 +630,26 @@ def main():
               "cpu_targets": _C.cpu_targets(), "build": _C.build_info(), "versions": peers,
               "copy_bytes_per_second": bandwidth}
     print(json.dumps(record, indent=1))
-    agreement, rows = check_agreement(sizes, peers, device), []
+    agreement, rows = check_agreement(args.sizes, peers, device), []
     if args.check:
         return
-    for size in sizes:
+    for size in args.sizes:
         generator = torch.Generator().manual_seed(0)
         count = min(50000, int(LARGEST_DATA_SET / (3 * size * size)))
         data_set = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
-        padded, pixels = with_margin(data_set)
+        data_set = with_margin(data_set)
         for n, (setting, dtype) in ((n, item) for n in batches for item in SETTINGS.items()):
             large = 3 * n * size * size * dtype.itemsize
             if large > LARGEST_BATCH[device.type]:
                 print(f"\nnote: {setting} of N = {n:,} at size {size} is left out, {large / 1e9:.1f} GB")
                 continue
-            problem = make_problem(setting, data_set, padded, pixels, n, generator)
+            problem = make_problem(setting, data_set, n, generator)
             new = time_forward(setting, problem, peers, args.repeats, device, bandwidth)
             show(new)
             rows += new
             if args.output:  # what has been measured is there, whatever ends the rest
                 write(args.output, record, rows, agreement)
-    for size, n in [(32, 1024)] if args.quick else [(32, 1024), (96, 64)]:
-        rows += time_backward(size, n, args.repeats, device)
+        rows += time_backward(size, max(1, BACKWARD_PIXELS[device.type] // size**2), args.repeats, device)
     if args.output:
         write(args.output, record, rows, agreement)
     if args.plot:
