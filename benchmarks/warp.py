@@ -268,13 +268,12 @@ def ipp_library():
 def ipp(problem):
     """Intel IPP's ippiWarpBatch: one call for the share of a thread, one matrix an image, channels last (planes by
     themselves take it longer). It does less than the others: where the point read lies outside the outermost pixel
-    centres nothing is written, whatever border it is told, and a pixel stays what it was in memory."""
+    centres nothing is written, whatever border it is told (a constant one too), and the pixel keeps what it was."""
     library, p, size, n = ipp_library(), problem, problem.size, len(problem.coefficients)
     kind, name = {1: (1, "8u"), 4: (13, "32f")}[p.pixels.itemsize]
     threads, maps = torch.get_num_threads(), for_integer_centres(p.unflipped()).numpy()
-    # perspective, type, channels, linear, backward, constant border; the batch is one block of results and of maps
-    options, uniform = (1, kind, 3, 2, 1, 6), 2 | 4
-    fill, prepared = (ctypes.c_double * 3)(FILL, FILL, FILL), {}
+    options, uniform = (1, kind, 3, 2, 1, 7), 2 | 4  # perspective, type, channels, linear, backward, border left alone
+    prepared = {}
 
     def sources():
         """IppiBatchItem[N]: (N, 4) int64 of address, bytes from row to row, width, height."""
@@ -287,28 +286,30 @@ def ipp(problem):
 
     def arguments(images, batch, start, stop):
         """What its functions begin with; the last is an IppBatchItem: address, coefficients of a map."""
-        output = np.array([batch[start:].ctypes.data, batch.strides[1], size, size])
-        map = np.array([maps[start:].ctypes.data, 9])
-        return [images[start:].ctypes, output.ctypes, ctypes.c_ssize_t(stop - start), map.ctypes]
+        output = np.array([batch.ctypes.data + start * batch.strides[0], batch.strides[1], size, size])
+        matrix = np.array([maps.ctypes.data + start * maps.strides[0], 9])
+        return [images[start:].ctypes, output.ctypes, ctypes.c_ssize_t(stop - start), matrix.ctypes]
 
     def check(status):
-        if status:
+        if status < 0:  # above are warnings, of an empty share for one
             raise UserError(f"Intel IPP refuses the batch with status {status}: leave ipp out of --peers")
 
     def prepare(start, stop):
-        batch = arguments(sources(), p.pixels, start, stop)
-        bytes = [ctypes.c_ssize_t() for _ in range(3)]
-        of_spec, of_start, of_work = map(ctypes.byref, bytes)
+        batch, lengths = arguments(sources(), p.pixels, start, stop), [ctypes.c_ssize_t() for _ in range(3)]
+        of_spec, of_start, of_work = map(ctypes.byref, lengths)
         check(library.ippiWarpBatchGetSize_L(*batch, *options, uniform, of_spec, of_start))
-        spec, start_up = (ctypes.create_string_buffer(size.value + 1) for size in bytes[:2])
-        check(library.ippiWarpBatchInit_L(*batch, *options, fill, uniform, spec, start_up))
+        spec, beginning = (ctypes.create_string_buffer(length.value + 1) for length in lengths[:2])
+        check(library.ippiWarpBatchInit_L(*batch, *options, None, uniform, spec, beginning))
         check(library.ippiWarpBatchGetBufferSize_L(*batch, spec, of_work))
-        prepared[start] = spec, ctypes.create_string_buffer(bytes[2].value + 1)
+        prepared[start, stop] = spec, ctypes.create_string_buffer(lengths[2].value + 1)
 
     def warp(batch):
         images, function = sources(), getattr(library, f"ippiWarpBatch_{name}_C3R_L")
-        in_shares(lambda start, stop: check(function(*arguments(images, batch, start, stop), *prepared[start])),
-                  n, threads)
+
+        def share(start, stop):
+            check(function(*arguments(images, batch, start, stop), *prepared[start, stop]))
+
+        in_shares(share, n, threads)
 
     in_shares(prepare, n, threads)
     return on_pixels(p, warp)
@@ -621,7 +622,7 @@ def main():
         raise UserError("--sizes have to be 8 or more", exit_code=2)
     batches = args.batches or ([1024, 65536, 1048576] if device.type == "cuda" else [64, 1024, 16384])
     torch.set_num_threads(args.threads)
-    peers = installed(args.peers, device)
+    peers = installed([name for name in args.peers if name != "opencv threads" or args.threads > 1], device)
     if {"opencv", "opencv threads"} & set(peers):
         importlib.import_module("cv2").setNumThreads(1)
     bandwidth = copy_bandwidth(device) if device.type == "cuda" and not args.check else None
