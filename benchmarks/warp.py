@@ -13,8 +13,8 @@ which the flip is folded, and for a step the data set with a margin of zeros, of
 kept, so that nobody waits for new pages. OpenCV and PIL take one map a call and run in a loop in one thread; "opencv
 threads" spreads the loop over --threads, as ours and IPP spread the batch. kornia fills by its own padding_mode="fill",
 which samples twice; grid_sample is the fastest form found in plain torch. Both are also compiled by torch.compile, for
-fixed shapes, at one size and N. On the CPU all but ours and IPP are timed on 1,024 images at most (column "on"), which
-favours them: a larger batch leaves the caches. Contestants run in alternation; the median is taken.
+fixed shapes, at one size and N. On the CPU all but ours and IPP are timed on four million pixels at most (column "on"),
+which favours them: a larger batch leaves the caches. Contestants run in alternation; the median is taken.
 """
 
 import ctypes
@@ -44,7 +44,8 @@ from minter_warp.ops import _C, CUDA_ARCHITECTURES
 FILL = 128
 LARGEST_BATCH = {"cpu": 2e9, "cuda": 4e9}  # bytes of the result
 LARGEST_DATA_SET = 300e6  # bytes; beyond every cache
-BACKWARD_PIXELS = {"cpu": 2**20, "cuda": 2**26}  # of a batch
+BACKWARD_PIXELS = {"cpu": 2**20, "cuda": 2**24}  # of a batch
+OTHERS_PIXELS = 2**22  # of a batch, for the slow on the CPU
 SHORTEST = 0.01  # seconds of one sample of the time: several calls below
 DETAILED = {"cpu": (32, 1024), "cuda": (32, 65536)}  # size and N where compiled peers and our other kernels are timed
 
@@ -331,7 +332,7 @@ def installed(names, device):
             else:
                 found[name] = importlib.import_module(MODULES[name]).__version__
         except ImportError as error:
-            print(f"note: {name} is left out ({error}); pip install '.[bench]' has all that run here")
+            print(f"note: {name} is left out ({error}); pip install '.[bench]' installs the libraries")
     return found
 
 
@@ -480,9 +481,9 @@ def rows_of(setting, size, n, seconds, counts):
 
 
 def show(rows):
-    for row in rows[:1]:
-        print(f"\n{row['setting']}, {row['size']} x {row['size']}, N = {row['n']:,}\n"
-              f"{'':24}{'images/s':>12}{'ours / it':>11}{'on':>11}")
+    first = rows[0]
+    print(f"\n{first['setting']}, {first['size']} x {first['size']}, N = {first['n']:,}\n"
+          f"{'':24}{'images/s':>12}{'ours / it':>11}{'on':>11}")
     for row in rows:
         share = f"  {row['share_of_copies']:.1%} of a copy's bandwidth" if "share_of_copies" in row else ""
         print(f"{row['library']:24}{row['images_per_second']:12,.0f}{row['ours_over_it']:11.2f}{row['measured_on']:11,}"
@@ -494,13 +495,13 @@ def time_forward(setting, problem, peers, repeats, device, bandwidth):
     n, counts, runs = len(problem.coefficients), {}, {}
     for name, make in contestants(setting, problem, peers).items():
         whole = device.type == "cuda" or name == "ipp" or name.startswith("ours")
-        counts[name] = n if whole else min(n, 1024)
+        counts[name] = n if whole else min(n, OTHERS_PIXELS // problem.size**2)
         try:
             run = make(problem.first(counts[name]))
+            output = run()
             if name.endswith("compiled") and problem.dtype == torch.float32:
                 eager = PEERS[name.removesuffix(", compiled")](problem)
-                compare(setting, problem, {"eager": eager(), name: run()})
-            run()
+                compare(setting, problem, {"eager": eager(), name: output})
             runs[name] = run
         except torch.OutOfMemoryError:
             print(f"note: {name} is left out, memory is short for N = {n:,} at size {problem.size}")
@@ -646,7 +647,8 @@ def main():
                 continue
             problem = make_problem(setting, data_set, n, generator)
             new = time_forward(setting, problem, peers, args.repeats, device, bandwidth)
-            show(new)
+            if new:
+                show(new)
             rows += new
             if args.output:  # what has been measured is there, whatever ends the rest
                 write(args.output, record, rows, agreement)
