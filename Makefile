@@ -60,21 +60,17 @@ sanitize: setup
 	    -k 'not graph_break'
 
 bench: setup
-	$(PIP) --quiet kornia opencv-python-headless
+	$(PIP) --quiet kornia opencv-python-headless "ipp; platform_machine == 'x86_64' and sys_platform == 'linux'"
 	$(BIN)/python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
-	$(BIN)/python benchmarks/warp.py --sizes 32 --batches 1024 --processes 11 --output results/warp-cpu-runs.json
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 \
-	    $(BIN)/python benchmarks/warp.py --output results/warp-cpu-memory-kept.json
+	$(BIN)/python benchmarks/warp.py --threads 1 --sizes 32 --output results/warp-cpu-one-thread.json
 
 TRAINING := $(BIN)/python benchmarks/train.py
 bench-train: setup
 	$(TRAINING) step --output results/train-cpu.json
 	MINTER_KEEP_MEMORY=0 $(TRAINING) step --output results/train-cpu-memory-not-kept.json
-	$(TRAINING) scale --output results/train-scale-cpu.json
 	$(TRAINING) compile --output results/train-compile-cpu.json
-	$(TRAINING) precision --output results/train-precision-cpu.json
-	$(TRAINING) memory --output results/train-memory-cpu.json
 	$(TRAINING) probe --output results/probe-times-cpu.json
+	MINTER_KEEP_MEMORY=0 $(TRAINING) probe --output results/probe-times-cpu-memory-not-kept.json
 
 # Where nothing can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python. INTO has what was measured so
 # far, whatever ends it.
@@ -100,9 +96,6 @@ bench-gpu-warp: setup
 bench-gpu-train: setup
 	$(TRAINING) step --device cuda --steps 200 --output $(INTO)/train-$(GPU).json
 	$(TRAINING) compile --device cuda --steps 200 --output $(INTO)/train-compile-$(GPU).json
-	$(TRAINING) scale --device cuda --steps 200 --output $(INTO)/train-scale-$(GPU).json
-	$(TRAINING) precision --device cuda --epochs 20 --output $(INTO)/train-precision-$(GPU).json
-	$(TRAINING) probe --device cuda --output $(INTO)/probe-times-$(GPU).json
 
 # The studies (study/study.mk has the rest): stopped and called again, these go on. `make -k -j6 reproduce` on a GPU;
 # `timeout 9m make reproduce SEEDS=0` for nine minutes of one seed. DATA=DIR takes CIFAR-10 as files.

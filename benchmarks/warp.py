@@ -1,37 +1,23 @@
-"""The batched warp against what one would use instead: agreement first, then images a second and megapixels a second.
+"""The batched warp against what one would use instead: agreement first, then images a second.
 
     python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
     python benchmarks/warp.py --device cuda --output results/warp-cuda.json --plot results/warp-cuda.png
-    python benchmarks/warp.py --quick
-    python benchmarks/warp.py --sizes 32 --batches 1024 --processes 11 --output results/warp-cpu-runs.json
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 python benchmarks/warp.py
+    python benchmarks/warp.py --threads 1 --sizes 32 --batches 64 1024
 
---processes does it all so many times, each time in a process of its own, and reports the medians and the extremes:
-whether malloc reuses a library's temporaries or fetches them anew is settled by what else a process has allocated, and
-lasts.
-The last line has glibc keep all freed memory. As it is, what is larger than 32 MB is new memory each time, and how fast
-that comes depends on the system more than on any library.
+warp: images in, a batch of the same type out, in each library's own layout. step: a training step's input from a uint8
+data set, by index: random crop, flip, warp, normalise, to one contiguous (N, 3, S, S) batch of float32 or bfloat16.
+backward: forward and backward of float32 images, the gradient that of the images, the coefficients or both.
 
-Two ways of ours: a new tensor for each result, as all others make (in memory of an earlier one that was freed, where it
-is larger than 32 MB), and "out=": one and the same, written each time.
-
-warp: images in, images out, each library with the type and the layout it likes best: uint8 for ours, PIL (a list of
-images), OpenCV (a list of arrays) and torchvision; float32 for ours, kornia and grid_sample. step: a training step's
-input from a uint8 data set, by index: random crop, flip, warp, normalise, to one contiguous (N, 3, S, S) batch of
-float32 or bfloat16. backward: forward and backward of float32 images, the gradient that of the images, the coefficients
-or both.
-
-OpenCV, PIL and torchvision have one map for a call and run in a loop, in one thread but for what they do themselves,
-where ours uses all of --threads: several workers would divide their time, and --threads 1 compares one core with one.
-What would take others more than a second on the CPU is timed on a part of N (column "on"); ours always on all of it.
-That favours the others at large N, where the memory of a whole batch is fetched from the system anew each time and that
-of a small one is reused. Each library's form of the coefficients is made beforehand, outside the time. Each peer is in
-the fastest form found, which for a step normalises the whole batch; opencv-each is OpenCV in the usual one, an image a
-tensor and normalised by itself. kornia fills by its own padding_mode="fill", which samples twice; grid_sample is the
-fastest form found in plain torch (a matrix product makes the grid, and a mask fills). Contestants run in alternation,
-after a warm-up, and the median is taken. N x size is left out where the batch exceeds 4 GB in float32.
+Each peer is in the fastest form found. What can be made beforehand is not timed: its form of the coefficients, into
+which the flip is folded, and for a step the data set with a margin of zeros, of which a crop is a view. Freed memory is
+kept, so that nobody waits for new pages. OpenCV and PIL take one map a call and run in a loop in one thread; "opencv
+threads" spreads the loop over --threads, as ours and IPP spread the batch. kornia fills by its own padding_mode="fill",
+which samples twice; grid_sample is the fastest form found in plain torch. Both are also compiled by torch.compile, for
+fixed shapes, at one size and N. On the CPU all but ours and IPP are timed on four million pixels at most (column "on"),
+which favours them: a larger batch leaves the caches. Contestants run in alternation; the median is taken.
 """
 
+import ctypes
 import dataclasses
 import functools
 import importlib
@@ -39,10 +25,10 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -50,100 +36,120 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import STATISTICS, Parser, UserError, choose_device, positive_int, provenance, run_command
+import common
+from common import Parser, UserError, choose_device, keep_freed_memory, positive_int, provenance, run_command
 from minter_warp import normalization, projective_warp, sample_coefficients, sample_crops, warp_batch
 from minter_warp.ops import _C, CUDA_ARCHITECTURES
 
 FILL = 128
-LARGEST_BATCH = 4e9  # bytes in float32
-LARGEST_DATA_SET = 600e6  # bytes
-LONGEST, SHORTEST = 1.0, 0.01  # seconds of one sample of the time: fewer images above, several calls below
-BUDGET = 0.5  # seconds of samples for each contestant
+LARGEST_BATCH = {"cpu": 2e9, "cuda": 4e9}  # bytes of the result
+LARGEST_DATA_SET = 300e6  # bytes; beyond every cache
+BACKWARD_PIXELS = {"cpu": 2**20, "cuda": 2**24}  # of a batch
+OTHERS_PIXELS = 2**22  # of a batch, for the slow on the CPU
+SHORTEST = 0.01  # seconds of one sample of the time: several calls below
+DETAILED = {"cpu": (32, 1024), "cuda": (32, 65536)}  # size and N where compiled peers and our other kernels are timed
 
 # Largest difference in grey levels from ours that is accepted, where smooth images are read at least one pixel from the
-# border (at the border itself the conventions differ: OpenCV, kornia and torchvision blend the fill in). All compute
-# the same bilinear interpolation, so only rounding is left: of the coordinates to float32 (under 0.01 here), of the
-# result to uint8 (OpenCV and torchvision round to nearest, PIL down, so 1 at most), and in older OpenCV of the
-# coordinates to 1/32 of a pixel: 1/64 off at most on either axis, where neighbours differ by 100 grey levels or so.
-LIMITS = {"kornia": 0.1, "grid_sample": 0.1, "opencv": 5, "opencv-each": 5, "pil": 1.01, "torchvision": 1.01}
+# border (at the border itself the conventions differ: OpenCV and kornia blend the fill in). All compute the same
+# bilinear interpolation, so only rounding is left: of the coordinates to float32 (under 0.01 here), of the result to
+# uint8 (IPP and OpenCV to nearest, PIL down, so 1 at most), and in older OpenCV of the coordinates to 1/32 of a pixel:
+# 1/64 off at most on either axis, where neighbours differ by 100 grey levels or so.
+LIMITS = {"ipp": 1.01, "opencv": 5, "opencv threads": 5, "pil": 1.01, "grid_sample": 0.1, "kornia": 0.1}
 GRADIENT_LIMIT = 0.01  # difference of gradients, relative in the Euclidean norm
-LABELS = {"opencv": "OpenCV", "opencv-each": "OpenCV, one by one", "pil": "PIL"}
-MODULES = {"kornia": "kornia", "grid_sample": "torch", "opencv": "cv2", "opencv-each": "cv2", "pil": "PIL",
-           "torchvision": "torchvision"}
-LOOPS = ("opencv", "opencv-each", "pil", "torchvision")
-RATIOS = ("ours_over_it", "ours_out_over_it")
+MODULES = {"opencv": "cv2", "opencv threads": "cv2", "pil": "PIL", "grid_sample": "torch", "kornia": "kornia"}
+ON_TENSORS = ("grid_sample", "kornia")  # float32, any device; the others on arrays, on the CPU
+SETTINGS = {"warp uint8": torch.uint8, "warp float32": torch.float32, "step float32": torch.float32,
+            "step bfloat16": torch.bfloat16}  # {name: type of the result}
 
 
 @dataclasses.dataclass
 class Problem:
-    """What a contestant is given. warp: the batch of images. step: the data set, which images and crops, and what to
-    normalise to."""
+    """What a contestant is given. warp: the images, each to be warped. step: the data set, which images and crops, and
+    what to normalise to."""
 
     images: torch.Tensor  # (N or M, 3, S, S) uint8 or float32
     coefficients: torch.Tensor  # (N, 8) float32
-    pixels: np.ndarray | None = None  # step: the data set as (M, S, S, 3), for PIL and OpenCV
+    dtype: torch.dtype  # of the result
     index: torch.Tensor | None = None  # step: (N,) int64; None for warp
-    crops: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
+    crops: torch.Tensor | None = None  # step: (N, 3) int64, rows (down, right, flip)
+    padded: torch.Tensor | None = None  # step: the data set (M, 3, S + 2 P, S + 2 P), zeros around, P = S // 8
+    pixels: np.ndarray | None = None  # the same with the channels last, or for a warp (N, S, S, 3)
+    scale: torch.Tensor | None = None  # step: (3,)
     shift: torch.Tensor | None = None
-    dtype: torch.dtype = torch.float32
 
     @property
     def size(self):
         return self.images.shape[-1]
 
     def first(self, count):
-        coefficients = self.coefficients[:count]
+        part = dataclasses.replace(self, coefficients=self.coefficients[:count])
         if self.index is None:
-            return dataclasses.replace(self, images=self.images[:count], coefficients=coefficients)
-        return dataclasses.replace(self, coefficients=coefficients, index=self.index[:count], crops=self.crops[:count])
+            pixels = None if self.pixels is None else self.pixels[:count]
+            return dataclasses.replace(part, images=self.images[:count], pixels=pixels)
+        return dataclasses.replace(part, index=self.index[:count], crops=self.crops[:count])
+
+    def corners(self):
+        """Upper left corner of each crop in `padded`: (N, 2) int64."""
+        return self.crops[:, :2] + self.size // 8
+
+    def unflipped(self):
+        """(N, 8) coefficients that read from the crop before it is flipped: u becomes S - u."""
+        if self.crops is None:
+            return self.coefficients
+        a, b, c, d, e, f, g, h = self.coefficients.unbind(1)
+        flipped = torch.stack([self.size * g - a, self.size * h - b, self.size - c, d, e, f, g, h], 1)
+        return torch.where(self.crops[:, 2:] != 0, flipped, self.coefficients)
+
+    def views(self):
+        """The images to warp, as N arrays (S, S, 3)."""
+        if self.index is None:
+            return list(self.pixels)
+        return [self.pixels[at, down : down + self.size, right : right + self.size]
+                for at, (down, right) in zip(self.index.tolist(), self.corners().tolist(), strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------ contestants
 # Each takes a problem and returns a function of no arguments, which is what is timed.
 
 
-def ours(problem, target=None, reuse=False):
-    """reuse: each call writes into one and the same tensor (out=), instead of a new one."""
+def ours(problem, target=None):
+    """target: one of the kernels for this processor, in place of the default."""
     p = problem
-    if p.index is None:
-        out = torch.empty_like(p.images) if reuse else None
-        run = functools.partial(projective_warp, p.images, p.coefficients, out=out)
-    else:
-        out = p.images.new_empty((len(p.index), *p.images.shape[1:]), dtype=p.dtype) if reuse else None
-        run = functools.partial(warp_batch, p.images, p.index, p.crops, p.coefficients, p.scale, p.shift, p.dtype,
-                                out=out)
 
-    def run_on_target():
-        _C.set_cpu_target(target)
-        output = run()
-        _C.set_cpu_target(default)
+    def run():
+        if target:
+            _C.set_cpu_target(target)
+        if p.index is None:
+            output = projective_warp(p.images, p.coefficients)
+        else:
+            output = warp_batch(p.images, p.index, p.crops, p.coefficients, p.scale, p.shift, p.dtype)
+        if target:
+            _C.set_cpu_target(_C.cpu_targets()[0])
         return output
 
-    default = _C.cpu_targets()[0]
-    return run if target is None else run_on_target
+    return run
 
 
-def take_crop_flip(images, index, crops):
-    """As minter_warp.crop_and_flip_reference does, in the fastest of six ways tried: one gather from padded images."""
-    n, size, padding = len(index), images.shape[-1], images.shape[-1] // 8
-    padded = F.pad(images.index_select(0, index), (padding,) * 4)
-    pixel = torch.arange(size, device=images.device)
-    rows, columns = pixel + crops[:, :1] + padding, torch.where(crops[:, 2:] != 0, size - 1 - pixel, pixel)
-    at = rows[:, :, None] * (size + 2 * padding) + (columns + crops[:, 1:2] + padding)[:, None]  # (N, S, S)
-    return padded.flatten(2).gather(2, at.view(n, 1, -1).expand(-1, 3, -1)).view(n, 3, size, size)
+def take_crops(problem):
+    """(N, 3, S, S) uint8, in the fastest of six ways tried: one gather from padded images."""
+    n, size, width = len(problem.index), problem.size, problem.padded.shape[-1]
+    row, column = problem.corners()[:, :, None].unbind(1)  # (N, 1) each
+    pixel = torch.arange(size, device=row.device)
+    at = (row + pixel)[:, :, None] * width + (column + pixel)[:, None]  # (N, S, S)
+    images = problem.padded.index_select(0, problem.index).flatten(2)
+    return images.gather(2, at.view(n, 1, -1).expand(-1, 3, -1)).view(n, 3, size, size)
 
 
 def normalised(batch, problem):
     return batch.mul_(problem.scale[:, None, None]).add_(problem.shift[:, None, None]).to(problem.dtype)
 
 
-def batched(problem, warp):
-    """warp: float32 images to warped float32 images."""
-    p = problem
-    if p.index is None:
-        return lambda: warp(p.images)
-    return lambda: normalised(warp(take_crop_flip(p.images, p.index, p.crops).float()), p)
+def on_tensors(problem, warp):
+    """warp: float32 images to warped float32 images. The crops are not compiled on a CPU, where that is slower."""
+    if problem.index is None:
+        return lambda: warp(problem.images)
+    take = take_crops if problem.images.is_cuda else torch.compiler.disable(take_crops)
+    return lambda: normalised(warp(take(problem).float()), problem)
 
 
 def matrices(coefficients):
@@ -152,6 +158,7 @@ def matrices(coefficients):
 
 
 def grid_sample_warp(images, coefficients):
+    """A matrix product makes the grid, and a mask fills."""
     n, _, height, width = images.shape
     options = {"device": images.device, "dtype": torch.float32}
     y, x = torch.meshgrid(torch.arange(height, **options) + 0.5, torch.arange(width, **options) + 0.5, indexing="ij")
@@ -164,142 +171,182 @@ def grid_sample_warp(images, coefficients):
 
 
 def grid_sample(problem):
-    return batched(problem, lambda images: grid_sample_warp(images, problem.coefficients))
+    return on_tensors(problem, functools.partial(grid_sample_warp, coefficients=problem.unflipped()))
 
 
 def for_integer_centres(coefficients):
     """The map from output to input where pixel centres are at whole numbers: (N, 8) -> (N, 3, 3) float64."""
     half = torch.tensor([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]], dtype=torch.float64, device=coefficients.device)
-    return half.inverse() @ matrices(coefficients.double()) @ half
+    return (half.inverse() @ matrices(coefficients.double()) @ half).contiguous()
 
 
 def kornia(problem):
     from kornia.geometry.transform import warp_perspective
 
-    forward = for_integer_centres(problem.coefficients).inverse().float()
+    forward = for_integer_centres(problem.unflipped()).inverse().float()
     options = {"dsize": (problem.size, problem.size), "padding_mode": "fill",
                "fill_value": torch.full((3,), float(FILL), device=forward.device)}
-    return batched(problem, lambda images: warp_perspective(images, forward, **options))
+    return on_tensors(problem, lambda images: warp_perspective(images, forward, **options))
 
 
-def opencv(problem):
-    import cv2
+def compiled(problem, make):
+    return torch.compile(make(problem), dynamic=False)
 
-    p, size, padding = problem, problem.size, problem.size // 8
-    maps = list(for_integer_centres(p.coefficients).numpy())
-    options = {"dsize": (size, size), "flags": cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR,
-               "borderMode": cv2.BORDER_CONSTANT, "borderValue": (FILL,) * 3}
-    if p.index is None:
-        images = list(p.images.permute(0, 2, 3, 1).contiguous().numpy())
-        return lambda: [cv2.warpPerspective(image, map, **options) for image, map in zip(images, maps, strict=True)]
+
+@functools.cache
+def workers(threads):
+    return ThreadPoolExecutor(threads)
+
+
+def in_shares(work, n, threads):
+    """work(start, stop) on equal shares of n, each in a thread of its own."""
+    if threads == 1:
+        return work(0, n)
+    limits = [n * i // threads for i in range(threads + 1)]
+    list(workers(threads).map(work, limits[:-1], limits[1:]))
+
+
+def on_pixels(problem, warp):
+    """warp(batch): writes the warped images into an array (N, S, S, 3)."""
+    p = problem
 
     def run():
-        batch = np.empty((len(maps), size, size, 3), np.uint8)
-        canvas = np.zeros((size + 2 * padding, size + 2 * padding, 3), np.uint8)
-        inner = canvas[padding : padding + size, padding : padding + size]
-        for output, map, at, (down, right, flip) in zip(batch, maps, p.index.tolist(), p.crops.tolist(), strict=True):
-            inner[:] = p.pixels[at]
-            image = canvas[padding + down : padding + down + size, padding + right : padding + right + size]
-            cv2.warpPerspective(cv2.flip(image, 1) if flip else image, map, dst=output, **options)
-        return normalised_from_pixels(batch, p)
+        batch = np.empty((len(p.coefficients), p.size, p.size, 3), p.pixels.dtype)
+        warp(batch)
+        if p.index is None:
+            return batch
+        planes = torch.from_numpy(batch).permute(0, 3, 1, 2)
+        return normalised(planes.to(torch.float32, memory_format=torch.contiguous_format), p)
 
     return run
 
 
-def normalised_from_pixels(batch, problem):
-    """(N, S, S, 3) uint8 array -> (N, 3, S, S) contiguous tensor."""
-    planes = torch.from_numpy(batch).permute(0, 3, 1, 2)
-    return normalised(planes.to(torch.float32, memory_format=torch.contiguous_format), problem)
-
-
-def opencv_each(problem):
-    """As a Dataset and its loader do: each image cropped, flipped, warped, made a tensor and normalised by itself."""
+def opencv(problem, threads=1):
     import cv2
-    from torchvision.transforms.functional import normalize, to_tensor
 
-    p, size, padding = problem, problem.size, problem.size // 8
-    maps = list(for_integer_centres(p.coefficients).numpy())
-    std = 1 / (255 * p.scale)
-    mean = -p.shift * std
-    around = ((padding, padding), (padding, padding), (0, 0))
+    maps = for_integer_centres(problem.unflipped()).numpy()
+    options = {"dsize": (problem.size, problem.size), "flags": cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR,
+               "borderMode": cv2.BORDER_CONSTANT, "borderValue": (FILL,) * 3}
 
-    def one(map, at, down, right, flip):
-        image = np.pad(p.pixels[at], around)[padding + down :, padding + right :][:size, :size]
-        warped = cv2.warpPerspective(cv2.flip(image, 1) if flip else image, map, (size, size),
-                                     flags=cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
-                                     borderValue=(FILL,) * 3)
-        return normalize(to_tensor(warped), mean, std)
+    def warp(batch):
+        images = problem.views()
 
-    return lambda: torch.stack([one(map, at, *crop) for map, at, crop in
-                                zip(maps, p.index.tolist(), p.crops.tolist(), strict=True)]).to(p.dtype)
+        def share(start, stop):
+            for image, map, output in zip(images[start:stop], maps[start:stop], batch[start:stop], strict=True):
+                cv2.warpPerspective(image, map, dst=output, **options)
+
+        in_shares(share, len(images), threads)
+
+    return on_pixels(problem, warp)
 
 
 def pil(problem):
     from PIL import Image
 
-    p, size = problem, problem.size
-    maps = p.coefficients.tolist()
+    size, maps = (problem.size, problem.size), problem.unflipped().tolist()
+    options = {"resample": Image.Resampling.BILINEAR, "fillcolor": (FILL,) * 3}
 
-    def warp(image, map):
-        return image.transform((size, size), Image.Transform.PERSPECTIVE, map, Image.Resampling.BILINEAR,
-                               fillcolor=(FILL,) * 3)
+    def warp(batch):
+        for output, image, map in zip(batch, problem.views(), maps, strict=True):
+            output[:] = Image.fromarray(image).transform(size, Image.Transform.PERSPECTIVE, map, **options)
 
-    if p.index is None:
-        images = [Image.fromarray(image) for image in p.images.permute(0, 2, 3, 1).contiguous().numpy()]
-        return lambda: [warp(image, map) for image, map in zip(images, maps, strict=True)]
-
-    def run():
-        batch = np.empty((len(maps), size, size, 3), np.uint8)
-        for output, map, at, (down, right, flip) in zip(batch, maps, p.index.tolist(), p.crops.tolist(), strict=True):
-            image = Image.fromarray(p.pixels[at]).crop((right, down, right + size, down + size))  # black beyond
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-            output[:] = warp(image, map)
-        return normalised_from_pixels(batch, p)
-
-    return run
+    return on_pixels(problem, warp)
 
 
-def torchvision(problem):
-    from torchvision.transforms.v2 import functional
-
-    p, size = problem, problem.size
-    maps = p.coefficients.tolist()
-
-    def warp(image, map):
-        return functional.perspective(image, None, None, fill=[FILL] * 3, coefficients=map)
-
-    if p.index is None:
-        return lambda: [warp(image, map) for image, map in zip(p.images.unbind(), maps, strict=True)]
-
-    def run():
-        batch = []
-        for map, at, (down, right, flip) in zip(maps, p.index.tolist(), p.crops.tolist(), strict=True):
-            image = functional.crop(p.images[at], down, right, size, size)  # black beyond
-            batch.append(warp(functional.horizontal_flip(image) if flip else image, map))
-        return normalised(torch.stack(batch).float(), p)
-
-    return run
+@functools.cache
+def ipp_library():
+    """IPP's image processing for this processor. The library that would choose it looks for file names that the wheel
+    does not have. Raises ImportError where there is no IPP."""
+    kind = {"AVX512": "k0", "AVX2": "l9"}.get(torch.backends.cpu.get_cpu_capability(), "y8")
+    files = {file.name.split(".")[0]: file.locate() for file in metadata.files("ipp") or []}
+    try:
+        ctypes.CDLL(files["libippcore"]).ippInit()
+        return ctypes.CDLL(files[f"libippi{kind}"])
+    except (KeyError, OSError) as error:
+        raise ImportError(f"its libraries cannot be loaded: {error}") from error
 
 
-PEERS = {"kornia": kornia, "grid_sample": grid_sample, "opencv": opencv, "opencv-each": opencv_each, "pil": pil,
-         "torchvision": torchvision}
-FLOAT_ONLY, STEP_ONLY = ("kornia", "grid_sample"), ("opencv-each",)
+def ipp(problem):
+    """Intel IPP's ippiWarpBatch: one call for the share of a thread, one matrix an image, channels last (planes by
+    themselves take it longer). It does less than the others: where the point read lies outside the outermost pixel
+    centres nothing is written, whatever border it is told (a constant one too), and the pixel keeps what it was."""
+    library, p, size, n = ipp_library(), problem, problem.size, len(problem.coefficients)
+    kind, name = {1: (1, "8u"), 4: (13, "32f")}[p.pixels.itemsize]
+    threads, maps = torch.get_num_threads(), for_integer_centres(p.unflipped()).numpy()
+    options, uniform = (1, kind, 3, 2, 1, 7), 2 | 4  # perspective, type, channels, linear, backward, border left alone
+    prepared = {}
+
+    def sources():
+        """IppiBatchItem[N]: (N, 4) int64 of address, bytes from row to row, width, height."""
+        image, row, column, _ = p.pixels.strides
+        if p.index is None:
+            offsets = np.arange(n) * image
+        else:
+            offsets = p.index.numpy() * image + p.corners().numpy() @ (row, column)
+        return np.stack(np.broadcast_arrays(p.pixels.ctypes.data + offsets, row, size, size), 1)
+
+    def arguments(images, batch, start, stop):
+        """What its functions begin with; the last is an IppBatchItem: address, coefficients of a map."""
+        output = np.array([batch.ctypes.data + start * batch.strides[0], batch.strides[1], size, size])
+        matrix = np.array([maps.ctypes.data + start * maps.strides[0], 9])
+        return [images[start:].ctypes, output.ctypes, ctypes.c_ssize_t(stop - start), matrix.ctypes]
+
+    def check(status):
+        if status < 0:  # above are warnings, of an empty share for one
+            raise UserError(f"Intel IPP refuses the batch with status {status}: leave ipp out of --peers")
+
+    def prepare(start, stop):
+        batch, lengths = arguments(sources(), p.pixels, start, stop), [ctypes.c_ssize_t() for _ in range(3)]
+        of_spec, of_start, of_work = map(ctypes.byref, lengths)
+        check(library.ippiWarpBatchGetSize_L(*batch, *options, uniform, of_spec, of_start))
+        spec, beginning = (ctypes.create_string_buffer(length.value + 1) for length in lengths[:2])
+        check(library.ippiWarpBatchInit_L(*batch, *options, None, uniform, spec, beginning))
+        check(library.ippiWarpBatchGetBufferSize_L(*batch, spec, of_work))
+        prepared[start, stop] = spec, ctypes.create_string_buffer(lengths[2].value + 1)
+
+    def warp(batch):
+        images, function = sources(), getattr(library, f"ippiWarpBatch_{name}_C3R_L")
+
+        def share(start, stop):
+            check(function(*arguments(images, batch, start, stop), *prepared[start, stop]))
+
+        in_shares(share, n, threads)
+
+    in_shares(prepare, n, threads)
+    return on_pixels(p, warp)
+
+
+PEERS = {"ipp": ipp, "opencv": opencv, "opencv threads": lambda problem: opencv(problem, torch.get_num_threads()),
+         "pil": pil, "grid_sample": grid_sample, "kornia": kornia}
 
 
 def installed(names, device):
-    """Those of the libraries that are here and run on this device; a note for each of the others."""
-    found = []
+    """{name: version} of the libraries that are here and run on this device; a note for each of the others."""
+    found = {}
     for name in names:
         try:
-            importlib.import_module(MODULES[name])
+            if device.type == "cuda" and name not in ON_TENSORS:
+                raise ImportError("it runs on the CPU only")
+            if name == "ipp":
+                found[name] = ipp_library() and metadata.version(name)
+            else:
+                found[name] = importlib.import_module(MODULES[name]).__version__
         except ImportError as error:
-            print(f"note: {name} is left out ({error}); pip install '.[bench]' has it")
-            continue
-        if device.type == "cuda" and name in ("opencv", "opencv-each", "pil"):
-            print(f"note: {name} is left out, which runs on the CPU only")
-            continue
-        found.append(name)
+            print(f"note: {name} is left out ({error}); pip install '.[bench]' installs the libraries")
     return found
+
+
+def contestants(setting, problem, peers):
+    """{name: how to make its function}, ours first. Compiled ones and our other kernels at one size and N only."""
+    left_out = {"warp uint8": (*ON_TENSORS, "pil"), "warp float32": ("pil",)}.get(setting, ())  # PIL would only convert
+    entries, device = {"ours": ours}, problem.images.device.type
+    entries |= {name: PEERS[name] for name in peers if name not in left_out}
+    if (problem.size, len(problem.coefficients)) == DETAILED[device]:
+        entries |= {f"{name}, compiled": functools.partial(compiled, make=PEERS[name])
+                    for name in ON_TENSORS if name in entries}
+        if device == "cpu":
+            entries |= {f"ours, {target}": functools.partial(ours, target=target) for target in _C.cpu_targets()[1:]}
+    return entries
 
 
 # --------------------------------------------------------------------------------------------------------- problems
@@ -312,89 +359,86 @@ def smooth_images(n, size, generator):
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
-def warp_problem(data_set, n, generator, dtype):
-    images = data_set[torch.arange(n, device=data_set.device) % len(data_set)].to(dtype)
-    return Problem(images, sample_coefficients(n, images.shape[-1], generator).to(images.device))
+def with_margin(data_set):
+    """(data set, padded, pixels), as in Problem."""
+    padded = F.pad(data_set, (data_set.shape[-1] // 8,) * 4)
+    return data_set, padded, channels_last(padded)
 
 
-def step_problem(data_set, pixels, n, generator, dtype):
-    size, device = data_set.shape[-1], data_set.device
-    index = torch.randint(0, len(data_set), (n,), generator=generator)
-    scale, shift = normalization(*STATISTICS["cifar10"], device)
-    return Problem(data_set, sample_coefficients(n, size, generator).to(device), pixels, index.to(device),
-                   sample_crops(n, size, generator).to(device), scale, shift, dtype)
+def channels_last(images):
+    """(N, 3, H, W) tensor -> (N, H, W, 3) array, on the CPU; None on CUDA."""
+    return None if images.is_cuda else images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def pixels_of(data_set, peers):
-    return data_set.permute(0, 2, 3, 1).contiguous().numpy() if {"opencv", "opencv-each", "pil"} & set(peers) else None
-
-
-def problems(data_set, pixels, n, generator):
-    """(setting, problem), one at a time."""
-    for dtype in (torch.uint8, torch.float32):
-        yield "warp", warp_problem(data_set, n, generator, dtype)
-    for dtype in (torch.float32, torch.bfloat16):
-        yield f"step {str(dtype).removeprefix('torch.')}", step_problem(data_set, pixels, n, generator, dtype)
-
-
-def contestants(setting, problem, peers):
-    """{name: how to make its function}, ours first."""
-    mine, floats = "ours", problem.images.is_floating_point()
-    if setting == "warp":
-        mine = "ours float32" if floats else "ours uint8"
-        peers = [name for name in peers if (name in FLOAT_ONLY) == floats and name not in STEP_ONLY]
-    return {mine: ours, **{name: PEERS[name] for name in peers}}
+def make_problem(setting, data_set, n, generator):
+    """data_set: (images, padded, pixels), all of M images, as in Problem."""
+    data_set, padded, pixels = data_set
+    size, device, dtype = data_set.shape[-1], data_set.device, SETTINGS[setting]
+    coefficients = sample_coefficients(n, size, generator).to(device)
+    if setting.startswith("warp"):
+        images = data_set[torch.arange(n, device=device) % len(data_set)].to(dtype)
+        return Problem(images, coefficients, dtype, pixels=channels_last(images))
+    index = torch.randint(0, len(data_set), (n,), generator=generator).to(device)
+    crops = sample_crops(n, size, generator).to(device)
+    return Problem(data_set, coefficients, dtype, index, crops, padded, pixels,
+                   *normalization(*common.STATISTICS["cifar10"], device))
 
 
 # -------------------------------------------------------------------------------------------------------- agreement
 
 
 def as_tensor(output):
-    """Whatever a contestant returned, as (N, 3, S, S) float32 on the CPU."""
-    if not isinstance(output, list):
-        return output.detach().float().cpu()
-    if isinstance(output[0], torch.Tensor):
-        return torch.stack(output).float().cpu()
-    return torch.from_numpy(np.stack([np.asarray(image) for image in output])).permute(0, 3, 1, 2).float()
+    """The first 64 images of a result as (N, 3, S, S) float32 on the CPU."""
+    if isinstance(output, np.ndarray):
+        output = torch.from_numpy(output).permute(0, 3, 1, 2)
+    return output[:64].float().cpu()
 
 
-def away_from_border(coefficients, size):
-    """(N, 1, S, S): whether the point read lies at least one pixel inside the image, or one outside."""
+def distance_from_border(coefficients, size):
+    """(N, 1, S, S): how many pixels the point read lies inside the image; outside it is negative."""
     y, x = torch.meshgrid(*[torch.arange(size, dtype=torch.float64) + 0.5] * 2, indexing="ij")
     a, b, c, d, e, f, g, h = coefficients.double().cpu()[:, :, None, None].unbind(1)
     denominator = g * x + h * y + 1
     u, v = (a * x + b * y + c) / denominator, (d * x + e * y + f) / denominator
-    return (torch.stack([u, size - u, v, size - v]).amin(0).abs() >= 1)[:, None]
+    return torch.stack([u, size - u, v, size - v]).amin(0)[:, None]
+
+
+def compare(setting, problem, outputs):
+    """One row for each of the outputs, {name: of 64 images}: its difference from the first in grey levels. Raises
+    UserError where it is more than rounding explains."""
+    outputs = {name: as_tensor(output) for name, output in outputs.items()}
+    expected, rows = outputs.pop(next(iter(outputs))), []
+    unit = 1 if problem.scale is None else problem.scale.cpu()[:, None, None]
+    distance = distance_from_border(problem.coefficients[:64], problem.size).expand_as(expected)
+    for name, output in outputs.items():
+        library = name.split(",")[0]
+        compared = (distance if library == "ipp" else distance.abs()) >= 1
+        apart = ((output - expected) / unit).abs()[compared]
+        row = {"setting": setting, "library": name, "size": problem.size, "largest": apart.max().item(),
+               "mean": apart.mean().item(), "limit": LIMITS[library],
+               "share_of_pixels": compared.double().mean().item()}
+        rows.append(row)
+        print(f"{setting:14}{name:22}{row['size']:6}{row['largest']:10.4f}{row['mean']:10.5f}{row['limit']:8}"
+              f"{row['share_of_pixels']:9.1%}", flush=True)
+    bad = [f"{row['library']} ({setting}, size {row['size']}) by {row['largest']:.3g}"
+           for row in rows if not row["largest"] <= row["limit"]]
+    if bad:
+        raise UserError(f"ours and others differ by more grey levels than rounding explains: {', '.join(bad)}")
+    return rows
 
 
 def check_agreement(sizes, peers, device):
-    """Prints the largest and the mean difference from ours in grey levels; returns them, or raises UserError."""
-    rows, bad = [], []
-    print(f"difference from ours in grey levels, 64 smooth images:\n{'':16}{'size':>6}{'largest':>10}{'mean':>10}"
+    """Prints how far the others are from ours; returns it, or raises UserError."""
+    rows = []
+    print(f"difference from ours in grey levels, 64 smooth images:\n{'':36}{'size':>6}{'largest':>10}{'mean':>10}"
           f"{'limit':>8}{'pixels':>9}")
     for size in sizes:
         generator = torch.Generator().manual_seed(0)
-        data_set = smooth_images(64, size, generator).to(device)
-        for setting, problem in problems(data_set, pixels_of(data_set, peers), 64, generator):
-            if problem.dtype == torch.bfloat16:
-                continue
+        data_set = with_margin(smooth_images(64, size, generator).to(device))
+        for setting in list(SETTINGS)[:3]:  # bfloat16 is rounded more coarsely than a grey level
+            problem = make_problem(setting, data_set, 64, generator)
             entries = contestants(setting, problem, peers)
-            outputs = {name: as_tensor(make(problem)()) for name, make in entries.items()}
-            expected = outputs.pop(next(iter(entries)))
-            unit = 1 if problem.scale is None else problem.scale.cpu()[:, None, None]
-            compared = away_from_border(problem.coefficients, size).expand_as(expected)
-            for name, output in outputs.items():
-                apart = ((output - expected) / unit).abs()[compared]
-                row = {"setting": setting, "library": name, "size": size, "largest": apart.max().item(),
-                       "mean": apart.mean().item(), "limit": LIMITS[name],
-                       "share_of_pixels": compared.double().mean().item()}
-                rows.append(row)
-                print(f"{setting.split()[0]:5}{name:11}{size:6}{row['largest']:10.4f}{row['mean']:10.5f}"
-                      f"{LIMITS[name]:8}{row['share_of_pixels']:9.1%}")
-                if not row["largest"] <= LIMITS[name]:
-                    bad.append(f"{name} ({setting}, size {size}) by {row['largest']:.3g}")
-    if bad:
-        raise UserError(f"ours and others differ by more grey levels than rounding explains: {', '.join(bad)}")
+            rows += compare(setting, problem, {name: make(problem)() for name, make in entries.items()})
     return rows
 
 
@@ -419,112 +463,80 @@ def seconds_of(run, calls, device):
 
 
 def median_seconds(runs, repeats, device):
-    """{name: median seconds of one call}; the runs take turns."""
-    calls = {}
-    for name, run in runs.items():
-        estimate = seconds_of(run, 1, device)  # the warm-up
-        if estimate < 0.2:
-            estimate = seconds_of(run, 1, device)
-        calls[name] = max(1, math.ceil(SHORTEST / estimate)), estimate
-    expected = sum(number * estimate for number, estimate in calls.values())
-    rounds = min(repeats, max(3, int(BUDGET * len(runs) / expected)))
+    """{name: median seconds of one call}; the runs take turns, after two calls to warm up."""
+    warm = {name: min(seconds_of(run, 1, device), seconds_of(run, 1, device)) for name, run in runs.items()}
     times = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in range(repeats):
         for name, run in runs.items():
-            times[name].append(seconds_of(run, calls[name][0], device))
+            times[name].append(seconds_of(run, math.ceil(SHORTEST / warm[name]), device))
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def fewer(name, make, problem, n, device):
-    """How many of n images to time a contestant on."""
-    if name.startswith("ours") or (device.type == "cuda" and name not in LOOPS):
-        return n
-    tried = min(n, 64)
-    run = make(problem.first(tried))
-    run()
-    images = LONGEST * tried / seconds_of(run, 1, device)
-    return n if n <= images else max(16, int(images) // 16 * 16)
+def rows_of(setting, size, n, seconds, counts):
+    """One row for each contestant of one problem; the first is ours."""
+    rates = {name: counts[name] / each for name, each in seconds.items()}
+    return [{"setting": setting, "library": name, "size": size, "n": n, "measured_on": counts[name],
+             "seconds": seconds[name], "images_per_second": rate, "ours_over_it": rates["ours"] / rate}
+            for name, rate in rates.items()]
 
 
 def show(rows):
     first = rows[0]
     print(f"\n{first['setting']}, {first['size']} x {first['size']}, N = {first['n']:,}\n"
-          f"{'':22}{'images/s':>12}{'megapixels/s':>14}{'ours / it':>11}{'out= / it':>11}{'on':>8}"
-          + ("  share of floor" if "share_of_floor" in first else ""))
+          f"{'':24}{'images/s':>12}{'ours / it':>11}{'on':>11}")
     for row in rows:
-        ratios = "".join(f"{'' if row[name] is None else format(row[name], '.2f'):>11}" for name in RATIOS)
-        floor = f"{row['share_of_floor']:16.1%}" if "share_of_floor" in row else ""
-        print(f"{row['library']:22}{row['images_per_second']:12,.0f}{row['megapixels_per_second']:14,.1f}{ratios}"
-              f"{row['measured_on']:8,}{floor}", flush=True)
+        share = f"  {row['share_of_copies']:.1%} of a copy's bandwidth" if "share_of_copies" in row else ""
+        print(f"{row['library']:24}{row['images_per_second']:12,.0f}{row['ours_over_it']:11.2f}{row['measured_on']:11,}"
+              f"{share}", flush=True)
 
 
-def rows_of(setting, size, n, seconds, counts, moved=None):
-    """One row for each contestant of one problem; the first is ours. moved: (bytes an image that have to be read and
-    written, bytes/s that the device copies)."""
-    rows, per_second = [], {name: counts[name] / each for name, each in seconds.items()}
-    compared = next(iter(seconds))
-    for name, rate in per_second.items():
-        row = {"setting": setting, "library": name, "size": size, "n": n, "measured_on": counts[name],
-               "seconds": seconds[name], "images_per_second": rate, "megapixels_per_second": rate * size * size / 1e6,
-               "compared_with": compared,
-               **{ratio: per_second[mine] / rate if mine in per_second and name != mine else None
-                  for ratio, mine in zip(RATIOS, (compared, f"{compared}, out="), strict=True)}}
-        if moved and name.startswith("ours"):
-            row["share_of_floor"] = rate * moved[0] / moved[1]
-        rows.append(row)
-    return rows
-
-
-def time_forward(setting, problem, n, peers, args, device, bandwidth):
-    entries = contestants(setting, problem, peers)
-    mine = next(iter(entries))
-    if device.type == "cpu":  # CUDA's memory is kept by PyTorch in any case
-        entries = {mine: ours, f"{mine}, out=": functools.partial(ours, reuse=True), **entries}
-    if device.type == "cpu" and (problem.size, n) == (32, 1024):
-        entries.update({f"{mine}, {target}": functools.partial(ours, target=target)
-                        for target in _C.cpu_targets()[1:]})
-    counts, runs = {}, {}
-    for name, make in entries.items():
+def time_forward(setting, problem, peers, repeats, device, bandwidth):
+    """One row for each contestant. What is compiled has to agree with what is not."""
+    n, counts, runs = len(problem.coefficients), {}, {}
+    for name, make in contestants(setting, problem, peers).items():
+        whole = device.type == "cuda" or name == "ipp" or name.startswith("ours")
+        counts[name] = n if whole else min(n, OTHERS_PIXELS // problem.size**2)
         try:
-            counts[name] = fewer(name, make, problem, n, device)
             run = make(problem.first(counts[name]))
-            run()
+            output = run()
+            if name.endswith("compiled") and problem.dtype == torch.float32:
+                eager = PEERS[name.removesuffix(", compiled")](problem)
+                compare(setting, problem, {"eager": eager(), name: output})
             runs[name] = run
         except torch.OutOfMemoryError:
             print(f"note: {name} is left out, memory is short for N = {n:,} at size {problem.size}")
-    if not runs or not next(iter(runs)).startswith("ours"):
+    if "ours" not in runs:
         return []
-    moved = None
-    if bandwidth:
-        written = problem.images.dtype if problem.index is None else problem.dtype
-        moved = 3 * problem.size**2 * (problem.images.element_size() + written.itemsize), bandwidth
-    return rows_of(setting, problem.size, n, median_seconds(runs, args.repeats, device), counts, moved)
+    rows = rows_of(setting, problem.size, n, median_seconds(runs, repeats, device), counts)
+    if bandwidth:  # an image has to be read and written once
+        moved = 3 * problem.size**2 * (problem.images.element_size() + problem.dtype.itemsize)
+        rows[0]["share_of_copies"] = rows[0]["images_per_second"] * moved / bandwidth
+    return rows
 
 
-def time_backward(size, n, args, device):
+def time_backward(size, n, repeats, device):
     """Forward and backward of ours and of grid_sample; their gradients have to agree."""
     rows, generator = [], torch.Generator().manual_seed(0)
-    images = smooth_images(n, size, generator).float().to(device)
-    coefficients = sample_coefficients(n, size, generator).to(device)
+    inputs = {"images": smooth_images(n, size, generator).float().to(device),
+              "coefficients": sample_coefficients(n, size, generator).to(device)}
     grad = torch.randn(n, 3, size, size, generator=generator).to(device)
 
     def step(warp, wanted):
-        inputs = images.requires_grad_("images" in wanted), coefficients.requires_grad_("coefficients" in wanted)
-        return torch.autograd.grad(warp(*inputs), [tensor for tensor in inputs if tensor.requires_grad], grad)
+        given = {name: tensor.requires_grad_(name in wanted) for name, tensor in inputs.items()}
+        return torch.autograd.grad(warp(**given), [given[name] for name in wanted], grad)
 
     for wanted in (("images",), ("coefficients",), ("images", "coefficients")):
-        runs = {name: functools.partial(step, warp, wanted)
-                for name, warp in {"ours": projective_warp, "grid_sample": grid_sample_warp}.items()}
-        expected, others = runs["ours"](), runs["grid_sample"]()
-        apart = [((b - a).norm() / a.norm()).item() for a, b in zip(expected, others, strict=True)]
-        if not max(apart) <= GRADIENT_LIMIT:
-            raise UserError(f"the gradients of {' and '.join(wanted)} differ from grid_sample's by {max(apart):.2g} of "
+        runs = {"ours": functools.partial(step, projective_warp, wanted),
+                "grid_sample": functools.partial(step, grid_sample_warp, wanted)}
+        apart = max(((b - a).norm() / a.norm()).item()
+                    for a, b in zip(runs["ours"](), runs["grid_sample"](), strict=True))
+        if not apart <= GRADIENT_LIMIT:
+            raise UserError(f"the gradients of {' and '.join(wanted)} differ from grid_sample's by {apart:.2g} of "
                             "their norm")
-        new = rows_of(f"backward to {' and '.join(wanted)}", size, n, median_seconds(runs, args.repeats, device),
+        new = rows_of(f"backward to {' and '.join(wanted)}", size, n, median_seconds(runs, repeats, device),
                       dict.fromkeys(runs, n))
+        new[1]["gradient_difference"] = apart
         show(new)
-        print(f"gradients differ by {max(apart):.1e} of their norm")
-        new[1]["gradient_difference"] = max(apart)
         rows += new
     return rows
 
@@ -539,122 +551,34 @@ def copy_bandwidth(device):
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def circumstances(args, peers, device, bandwidth):
-    versions = {"numpy": np.__version__}
-    for name in peers:
-        versions[MODULES[name]] = importlib.import_module(MODULES[name]).__version__
-    return {
-        **provenance(device), "device": device.type, "cores": os.cpu_count(), "threads": args.threads,
-        "load_average_before": os.getloadavg()[0], "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_targets": _C.cpu_targets(), "build": _C.build_info(), "versions": versions,
-        "environment": {name: value for name, value in os.environ.items()
-                        if name.startswith(("MALLOC_", "OMP_", "GOMP_", "KMP_"))},
-        **({"copy_bytes_per_second": bandwidth} if bandwidth else {}),
-    }
-
-
-def repeated(args, sizes):
-    """What so many processes of this benchmark measure, one after the other: (head of the record, agreement, rows). In
-    a row, numbers are medians; with "_range", their extremes; with "_of_each", all of them in order."""
-    command = [sys.executable, __file__, "--device", args.device, "--threads", args.threads, "--repeats", args.repeats,
-               "--sizes", *sizes, *(["--batches", *args.batches] if args.batches else []),
-               *(["--quick"] if args.quick else []), "--peers", *args.peers]
-    records, rows = [], {}
-    for number in range(1, args.processes + 1):
-        print(f"\nprocess {number} of {args.processes}:", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "record.json")
-            done = subprocess.run([*map(str, command), "--output", str(path)], check=False)
-            if done.returncode:
-                raise UserError(f"process {number} of {args.processes} failed; what went wrong is said above")
-            records.append(json.loads(path.read_text()))
-        for row in records[-1]["rows"]:
-            rows.setdefault(tuple(row[name] for name in ("setting", "library", "size", "n")), []).append(row)
-    merged = []
-    for measured in rows.values():
-        row = {name: measured[0][name] for name in ("setting", "library", "size", "n", "measured_on")}
-        row["processes"] = len(measured)
-        for name in ("images_per_second", "megapixels_per_second", *RATIOS):
-            values = [other[name] for other in measured if other[name] is not None]
-            row[name] = statistics.median(values) if values else None
-            if values:
-                row[f"{name}_range"] = [min(values), max(values)]
-            if values and name in RATIOS:
-                row[f"{name}_of_each"] = values
-        merged.append(row)
-    head = {name: value for name, value in records[0].items() if name not in ("command", "agreement", "rows")}
-    return {"processes": args.processes, **head}, records[0]["agreement"], merged
-
-
-def show_repeated(rows):
-    """Medians, and in brackets the least and the largest."""
-    problem = None
-    for row in rows:
-        if problem != (problem := (row["setting"], row["size"], row["n"])):
-            print(f"\n{row['setting']}, {row['size']} x {row['size']}, N = {row['n']:,}: medians of {row['processes']} "
-                  f"processes, and extremes\n{'':22}{'images/s':>34}{'ours / it':>24}{'out= / it':>24}")
-        low, high = row["images_per_second_range"]
-        ratios = ["" if row[name] is None else "{:.1f} ({:.1f} to {:.1f})".format(row[name], *row[f"{name}_range"])
-                  for name in RATIOS]
-        speed = f"{row['images_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
-        print(f"{row['library']:22}{speed:>34}" + "".join(f"{ratio:>24}" for ratio in ratios))
-
-
 def draw(rows, path):
-    """Images/s of each library against N for the warp and the step, and ours in megapixels/s against the size."""
+    """Images/s of each library against N for a warp and a step, and ours in megapixels/s against the size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = min(row["size"] for row in rows)
-    colours = {name: f"C{i}" for i, name in enumerate(PEERS)}
+    def chosen(setting, name, **same):
+        return [row for row in rows if (row["setting"], row["library"]) == (setting, name)
+                and all(row[key] == value for key, value in same.items())]
 
-    reused = any(row["library"].endswith("out=") for row in rows)
-
-    def drawn(name):
-        return "," not in name or name.endswith("out=")
-
-    def colour_of(name):
-        return colours.get(name, "grey" if reused and not name.endswith("out=") else "black")
-
-    def style_of(name):
-        return "--" if "float32" in name else "-"
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.7))
-    for axis, setting in zip(axes[:2], ("warp", "step float32"), strict=True):
-        shown = [row for row in rows if row["setting"] == setting and row["size"] == size and drawn(row["library"])]
-        for name in dict.fromkeys(row["library"] for row in shown):
-            points = [(row["n"], row["images_per_second"]) for row in shown if row["library"] == name]
-            axis.plot(*zip(*points, strict=True), style_of(name), marker="o", markersize=4, color=colour_of(name),
-                      linewidth=2.2 if name.startswith("ours") else 1.4)
+    smallest = min(row["size"] for row in rows)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.7))
+    for axis, setting in zip(axes, ("warp uint8", "step float32"), strict=False):
+        for i, name in enumerate(("ours", *PEERS)):  # what is compiled stands in the figures
+            shown = chosen(setting, name, size=smallest)
+            axis.plot([row["n"] for row in shown], [row["images_per_second"] for row in shown], "o-", markersize=4,
+                      color=f"C{i}", label=name)
         axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="images/s",
-                 title=f"{setting}, {size} × {size}")
-    n = max(row["n"] for row in rows if row["size"] == max(row["size"] for row in rows))
-    out = ", out=" if reused else ""
-    kinds = [("warp", "ours uint8", "-"), ("warp", "ours float32", "--"), ("step float32", "ours", "-."),
-             ("step bfloat16", "ours", ":")]
-    for setting, name, style in kinds:
-        points = sorted((row["size"], row["megapixels_per_second"]) for row in rows
-                        if (row["setting"], row["library"], row["n"]) == (setting, name + out, n))
-        label = setting + name.removeprefix("ours")
-        axes[2].plot(*zip(*points, strict=True), style, marker="o", markersize=4, color="black", label=label)
-    sizes = sorted({row["size"] for row in rows})
-    axes[2].set(xscale="log", xlabel="side in pixels", ylabel="megapixels/s", title=f"ours{out}, N = {n:,}")
-    axes[2].set_xticks(sizes, [str(side) for side in sizes])
-    axes[2].minorticks_off()
-    axes[2].set_ylim(0, 1.4 * axes[2].get_ylim()[1])  # room for the legend
-    axes[2].legend(fontsize=8, loc="upper right", ncol=2)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    names = dict.fromkeys(row["library"] for row in rows if drawn(row["library"]) and row["library"][:5] != "ours,")
-    names.pop("ours", None)
-    names = sorted(names, key=lambda name: not name.startswith("ours"))
-    handles = [plt.Line2D([], [], color=colour_of(name), linestyle=style_of(name), marker="o", markersize=4,
-                          label=LABELS.get(name, name)) for name in names]
+                 title=f"{setting}, {smallest} × {smallest}")
+    for setting in SETTINGS:
+        shown = chosen(setting, "ours", n=1024)
+        axes[2].plot([row["size"] for row in shown], [row["images_per_second"] * row["size"]**2 / 1e6 for row in shown],
+                     "o-", markersize=4, label=setting)
+    axes[2].set(ylim=0, xlabel="side in pixels", ylabel="megapixels/s", title="ours, N = 1,024")
+    axes[2].legend(fontsize=8)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=8, columnspacing=1,
-                  handlelength=1.6)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="lower center", ncol=len(PEERS) + 1, frameon=False)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
@@ -674,16 +598,15 @@ def write(path, record, rows, agreement):
 
 
 def main():
+    kept = keep_freed_memory()
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--sizes", type=positive_int, nargs="+", default=[32, 64, 96, 224], help="sides in pixels, 8 or more")
-    add("--batches", type=positive_int, nargs="+", help="N (default: 64 1024 16384, on CUDA 65536 too at size 32)")
+    add("--batches", type=positive_int, nargs="+", help="N (default: 64 1024 16384, on CUDA 1024 65536 1048576)")
     add("--threads", type=positive_int, default=torch.get_num_threads())
-    add("--repeats", type=positive_int, default=15, help="samples of each time at most")
+    add("--repeats", type=positive_int, default=9, help="samples of each time")
     add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with")
-    add("--quick", action="store_true", help="size 32 with N of 64 and 1024, and no other backward, in a minute")
-    add("--processes", type=positive_int, default=1, help="how many measure it all, one after the other")
     add("--check", action="store_true", help="see whether all agree, and time nothing")
     add("--output", help="JSON file for the figures")
     add("--plot", help="PNG file for the picture")
@@ -696,49 +619,40 @@ def main():
     for path in filter(None, (args.output, args.plot)):
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"cannot write '{path}': there is no such folder", exit_code=2)
-    if args.processes > 1 and (args.check or args.plot):
-        raise UserError("--processes goes with neither --check nor --plot", exit_code=2)
-    sizes = [32] if args.quick else args.sizes
-    if min(sizes) < 8:
+    if min(args.sizes) < 8:
         raise UserError("--sizes have to be 8 or more", exit_code=2)
-    batches = [64, 1024] if args.quick else args.batches or [64, 1024, 16384]
+    batches = args.batches or ([1024, 65536, 1048576] if device.type == "cuda" else [64, 1024, 16384])
     torch.set_num_threads(args.threads)
-    peers = installed(args.peers, device)
-    if {"opencv", "opencv-each"} & set(peers):
-        importlib.import_module("cv2").setNumThreads(args.threads)
-    command = {"command": provenance(device)["command"]}
-    if args.processes > 1:
-        head, agreement, rows = repeated(args, sizes)
-        show_repeated(rows)
-        if args.output:
-            write(args.output, {**command, **head}, rows, agreement)
-        return
+    peers = installed([name for name in args.peers if name != "opencv threads" or args.threads > 1], device)
+    if {"opencv", "opencv threads"} & set(peers):
+        importlib.import_module("cv2").setNumThreads(1)
     bandwidth = copy_bandwidth(device) if device.type == "cuda" and not args.check else None
-    record = {**command, **circumstances(args, peers, device, bandwidth)}
+    record = {**provenance(device), "device": device.type, "cores": os.cpu_count(), "memory_kept": kept,
+              "load_average_before": os.getloadavg()[0], "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+              "cpu_targets": _C.cpu_targets(), "build": _C.build_info(), "versions": peers,
+              "copy_bytes_per_second": bandwidth}
     print(json.dumps(record, indent=1))
-    agreement, rows = check_agreement(sizes, peers, device), []
+    agreement, rows = check_agreement(args.sizes, peers, device), []
     if args.check:
         return
-    for size in sizes:
+    for size in args.sizes:
         generator = torch.Generator().manual_seed(0)
         count = min(50000, int(LARGEST_DATA_SET / (3 * size * size)))
         data_set = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
-        pixels = pixels_of(data_set, peers)
-        large = [65536] if device.type == "cuda" and size == 32 and not (args.batches or args.quick) else []
-        for n in batches + large:
-            if 12 * n * size * size > LARGEST_BATCH:
-                print(f"\nnote: N = {n:,} at size {size} is left out, {12 * n * size * size / 1e9:.1f} GB in float32")
+        data_set = with_margin(data_set)
+        for n, (setting, dtype) in ((n, item) for n in batches for item in SETTINGS.items()):
+            large = 3 * n * size * size * dtype.itemsize
+            if large > LARGEST_BATCH[device.type]:
+                print(f"\nnote: {setting} of N = {n:,} at size {size} is left out, {large / 1e9:.1f} GB")
                 continue
-            for setting, problem in problems(data_set, pixels, n, generator):
-                new = time_forward(setting, problem, n, peers, args, device, bandwidth)
-                if new:
-                    show(new)
-                rows += new
-                if args.output:  # what has been measured is there, whatever ends the rest
-                    write(args.output, record, rows, agreement)
-        del data_set, pixels, problem
-    for size, n in [(32, 1024)] if args.quick else [(32, 1024), (96, 64)]:
-        rows += time_backward(size, n, args, device)
+            problem = make_problem(setting, data_set, n, generator)
+            new = time_forward(setting, problem, peers, args.repeats, device, bandwidth)
+            if new:
+                show(new)
+            rows += new
+            if args.output:  # what has been measured is there, whatever ends the rest
+                write(args.output, record, rows, agreement)
+        rows += time_backward(size, max(1, BACKWARD_PIXELS[device.type] // size**2), args.repeats, device)
     if args.output:
         write(args.output, record, rows, agreement)
     if args.plot:

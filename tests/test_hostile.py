@@ -476,7 +476,7 @@ def test_numbers_out_of_range_are_one_sentence(kind, good, wrong, capsys):
     "avt.py --dataset digits --encoder alexnet --image-size 31", "avt.py --dataset digits --encoder resnet18",
     "vte_ba.py", "vte_infonce.py --pretrained a.ckpt --from-scratch", "stl.py --inv 0 --equi 0 --trans 0",
     "probe.py", "probe.py a.ckpt --json a.txt", "equivariance.py", "study/figures.py", "study/figures.py curves",
-    "benchmarks/warp.py --sizes 7", "benchmarks/warp.py --processes 2 --check", "avt.py --epoch", "avt.py ten",
+    "benchmarks/warp.py --sizes 7", "benchmarks/train.py step --scripts none", "avt.py --epoch", "avt.py ten",
 ])
 def test_wrong_commands_end_with_2_and_one_sentence(command, tmp_path, monkeypatch, capsys):
     import runpy
