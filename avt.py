@@ -57,7 +57,7 @@ def avt_loss(prediction, t, z, logvar):
 def train(args):
     run = Run("avt", args, constants=reference_errors())
     model = run.prepare(AVT(build_encoder(args.encoder, args.image_size)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # no weight decay
+    optimizer = run.optimizer(model)  # Adam, no weight decay
 
     for _ in run.epochs(model, optimizer):
         for source, index, crops, coefficients in run.batches(sample_crops, sample_coefficients):

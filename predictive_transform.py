@@ -21,7 +21,6 @@ Logged beside it: z_std, the standard deviation of z over the batch. A squared e
 beyond the rotation.
 """
 
-import torch
 from torch import nn
 
 from common import Run, build_encoder, gaussian, reparameterize, run_command, training_parser
@@ -57,7 +56,7 @@ def predictive_transform_loss(prediction, t, z, logvar):
 def train(args):
     run = Run("predictive_transform", args, constants=reference_errors())
     model = run.prepare(PredictiveTransform(build_encoder(args.encoder, args.image_size)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)  # no weight decay
+    optimizer = run.optimizer(model)  # Adam, no weight decay
 
     for _ in run.epochs(model, optimizer):
         for source, index, crops, coefficients in run.batches(sample_crops, sample_coefficients):

@@ -99,8 +99,7 @@ def train(args):
     deep = args.encoder == "alexnet"
     model = run.prepare(VTEBarberAgakov(encoder, phase_one, deep, args.from_scratch, args.steerable,
                                         args.mean_target))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)  # no weight decay
+    optimizer = run.optimizer(model)  # Adam, no weight decay
 
     for _ in run.epochs(model, optimizer):
         for source, index, crops, coefficients in run.batches(sample_crops, sample_coefficients):

@@ -174,8 +174,7 @@ def train(args):
     deep = args.encoder == "alexnet"
     critic = ConcatenatedCritic(deep) if args.critic == "concatenated" else SeparatedCritic(deep)
     model = run.prepare(VTEInfoNCE(encoder, phase_one, critic, args.from_scratch))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)  # no weight decay
+    optimizer = run.optimizer(model)  # Adam, no weight decay
 
     for _ in run.epochs(model, optimizer):
         for source, index, crops, coefficients in run.batches(sample_crops, sample_coefficients):

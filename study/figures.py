@@ -87,30 +87,44 @@ def read_log(path):
     return rows
 
 
+SHOWN = {"explained": "share of z explained", "squared_error": "squared error of t", "bound": "bound, nats",
+         "inv": "invariance loss", "loss": "loss"}  # the first of these that a log holds
+BESIDE = {"equi": "equivariance loss", "trans": "transformation loss"}
+BELOW = {"logvar": "mean log-variance", "code_spread": "code spread", "map_variation": "map variation",
+         "hypernetwork_variation": "map variation"}  # as older logs call it
+REFERENCES = {"constant_predictor": ("a constant", ":"), "rotation_only": ("the rotation alone", "--"),
+              "ceiling": ("ceiling", ":")}
+
+
 def draw_curves(args):
-    """What each log holds against the epoch: the objective with its yardsticks above; below it the mean log-variance,
-    or for STL what tells whether its codes and its hypernetwork are alive."""
-    shown_below = {"logvar": "mean log-variance", "code_spread": "code spread", "map_variation": "map variation",
-                   "hypernetwork_variation": "map variation"}  # as older logs call it
-    figure, axes = plt.subplots(2, len(args.logs), figsize=(4.2 * len(args.logs), 4.6), squeeze=False, sharex="col")
+    """What each log holds against the epoch: the objective with what it is compared with above; below it the mean
+    log-variance, or for STL what tells whether its codes and its hypernetwork are alive."""
+    from tables import METHODS
+
+    figure, axes = plt.subplots(2, len(args.logs), figsize=(3.6 * len(args.logs), 4.8), squeeze=False, sharex="col")
     for (above, below), path in zip(axes.T, args.logs, strict=True):
-        rows = read_log(path)
+        rows, method = read_log(path), Path(path).stem
         epochs = [row["epoch"] for row in rows]
-        name = next(name for name in ("explained", "squared_error", "bound", "inv", "loss") if name in rows[0])
-        for shown in (name, *(other for other in ("equi", "trans") if other in rows[0])):
-            above.plot(epochs, [row[shown] for row in rows], marker=".", label=shown.replace("_", " "))
-        for yardstick, style in (("constant_predictor", ":"), ("rotation_only", "--"), ("ceiling", ":")):
-            if yardstick in rows[0]:
-                above.axhline(rows[0][yardstick], color="grey", linestyle=style, label=yardstick.replace("_", " "))
+        colour = COLOURS.get(method, "#0072B2")
+        name = next(name for name in SHOWN if name in rows[0])
+        for shown, style in ((name, "-"), *zip(BESIDE, ("--", ":"), strict=True)):
+            if shown in rows[0]:
+                above.plot(epochs, [row[shown] for row in rows], style, color=colour, marker=".",
+                           label={**SHOWN, **BESIDE}[shown])
+        for reference, (label, style) in REFERENCES.items():
+            if reference in rows[0]:
+                above.axhline(rows[0][reference], color="#777777", linestyle=style, label=label)
         if name == "squared_error":
             above.set_ylim(0, 1.5 * rows[0].get("constant_predictor", 4))
-        above.set_title(Path(path).stem)
-        above.legend(fontsize=8)
-        for name in (name for name in shown_below if name in rows[0]):
-            colour = "tab:orange" if name == "logvar" else None
-            below.plot(epochs, [row[name] for row in rows], marker=".", color=colour, label=shown_below[name])
+        above.set_title(METHODS.get(method, method), fontsize=11)
+        above.set_ylabel(SHOWN[name] if name != "inv" else "losses")
+        above.margins(y=0.25)  # room for the legend
+        above.legend(fontsize=8, framealpha=0.6)
+        for name in (name for name in BELOW if name in rows[0]):
+            style = "--" if BELOW[name] == "map variation" else "-"
+            below.plot(epochs, [row[name] for row in rows], style, color=colour, marker=".", label=BELOW[name])
         if below.lines:
-            below.legend(fontsize=8)
+            below.legend(fontsize=8, framealpha=0.6)
         below.set_xlabel("epoch")
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
@@ -223,6 +237,9 @@ def decode_transformations(path, images, coefficients):
     return checkpoint["method"], model.decoder(torch.cat(codes, 1) if checkpoint["method"] == "avt" else codes[0])
 
 
+OUTLINES = {"true": "#0072B2", "decoded": "#D55E00"}
+
+
 def draw_decoded(args):
     """Transformed held-out images above; below the originals, with the outline of what the transformed image shows of
     them, the true one and the one that each checkpoint decodes. The thick side is the top of the transformed image."""
@@ -240,24 +257,24 @@ def draw_decoded(args):
                                 figsize=(1.6 * len(images) + 0.4, 1.75 * (1 + len(args.checkpoints))))
     for axis, picture in zip(axes[0], moved, strict=True):
         axis.imshow(picture.permute(1, 2, 0).numpy(), extent=(0, size, size, 0))
-    axes[0, 0].set_ylabel("transformed", fontsize=9)
+    axes[0, 0].set_ylabel("t(x)", fontsize=10)
     for row, path in zip(axes[1:], args.checkpoints, strict=True):
         method, decoded = decode_transformations(path, images, coefficients)
         errors = (decoded - truth).square().sum(1)
-        row[0].set_ylabel(method.replace("_", " "), fontsize=9)
+        row[0].set_ylabel({"avt": "x, decoded\nby AVT"}.get(method, "x, decoded by\npredictive transf."), fontsize=10)
         for axis, picture, *outlines, error in zip(row, images, seen_region(truth, size), seen_region(decoded, size),
                                                    errors, strict=True):
             axis.imshow(picture.permute(1, 2, 0).numpy(), extent=(0, size, size, 0))
-            for outline, colour in zip(outlines, ("black", "tab:red"), strict=True):
+            for outline, colour in zip(outlines, OUTLINES.values(), strict=True):
                 axis.plot(*outline[[0, 1, 2, 3, 0]].T, color=colour, linewidth=1.2)
                 axis.plot(*outline[:2].T, color=colour, linewidth=4)
-            axis.set_title(f"error {error:.2f}", fontsize=8, pad=2)
+            axis.set_title(f"error {error:.2f}", fontsize=9, pad=2)
     for axis in axes.flat:
         axis.set(xlim=(-0.35 * size, 1.35 * size), ylim=(1.35 * size, -0.35 * size), xticks=[], yticks=[])
-    for colour, name in (("black", "true"), ("tab:red", "decoded")):
-        axes[0, -1].plot([], [], color=colour, label=name)
-    axes[0, -1].legend(fontsize=7, loc="lower right", ncols=2, handlelength=1, columnspacing=0.8)
-    figure.tight_layout(pad=0.3)
+    lines = [plt.Line2D([], [], color=colour, linewidth=2, label=f"{name} outline of t(x) in x, its top thick")
+             for name, colour in OUTLINES.items()]
+    figure.tight_layout(pad=0.3, rect=(0, 0.5 / figure.get_figheight() / 1.5, 1, 1))
+    figure.legend(handles=lines, loc="lower center", ncols=2, fontsize=10, frameon=False)
     save(figure, args.output)
 
 

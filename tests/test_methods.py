@@ -11,7 +11,7 @@ import stl
 import vte_ba
 import vte_infonce
 from avt import AVT, avt_loss
-from common import NIN, AlexNet
+from common import NIN, AlexNet, MuonAdam
 from predictive_transform import PredictiveTransform, predictive_transform_loss
 from vte_ba import VTEBarberAgakov, vte_ba_loss
 from vte_infonce import ConcatenatedCritic, SeparatedCritic, VTEInfoNCE, vte_infonce_loss
@@ -361,3 +361,57 @@ def test_importing_a_script_has_no_side_effects_and_needs_common_and_the_warp_al
     standard = {"contextlib", "math", "warnings", "torch", "torch.nn.functional", "torch.utils.checkpoint"}
     assert modules - standard == {"common", "minter_warp.views" if script is stl else "minter_warp"}
     assert script.__doc__ and "python " in script.__doc__ and "eq. " in script.__doc__
+
+
+def test_the_fast_recipes_optimizer_is_muon_for_the_encoder_and_adam_for_the_rest():
+    """Muon's first step against the exact orthogonal factor, by its singular values; all else against torch's Adam."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 40, 1), torch.nn.BatchNorm2d(40))
+    encoder = encoder.to(memory_format=torch.channels_last)
+    head = torch.nn.Linear(5, 4)
+    parameters = [*encoder.parameters(), *head.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    before, gradients = ([value.detach().clone() for value in values] for values in (
+        parameters, [parameter.grad for parameter in parameters]))
+    optimizer = MuonAdam(encoder, parameters, lr=1e-3, muon_lr=0.1)
+    optimizer.step()
+    adam = [torch.nn.Parameter(value) for value in before]
+    for parameter, gradient in zip(adam, gradients, strict=True):
+        parameter.grad = gradient
+    torch.optim.Adam(adam, lr=1e-3, fused=True).step()
+    kernels = [number for number, parameter in enumerate(parameters) if parameter.dim() == 4]
+    assert len(kernels) == 2
+    for number, (old, new, gradient) in enumerate(zip(before, parameters, gradients, strict=True)):
+        if number not in kernels:
+            assert torch.equal(new, adam[number])
+            continue
+        rows, columns = gradient.flatten(1).shape
+        step = (old - new).detach().flatten(1) / (0.1 * max(1, rows / columns) ** 0.5)
+        left, _, right = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
+        cosine = torch.nn.functional.cosine_similarity(step.flatten(), (left @ right).flatten(), 0)
+        values = torch.linalg.svdvals(step)
+        assert cosine > 0.95 and 0.6 < values.min() and values.max() < 1.25
+    assert all(parameters[number].grad is None for number in kernels)
+
+
+def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped():
+    """Momentum is part of the state: two steps, and one after loading what the first left."""
+    torch.manual_seed(0)
+    gradients = torch.randn(2, 8, 6)
+    whole, stopped, resumed = (torch.nn.Linear(6, 8, bias=False) for _ in range(3))
+    for other in (stopped, resumed):
+        other.load_state_dict(whole.state_dict())
+    first, second, third = (MuonAdam(module, [*module.parameters(), torch.nn.Parameter(torch.zeros(1))], 1e-3, 0.1)
+                            for module in (whole, stopped, resumed))
+
+    def step(module, optimizer, gradient):
+        module.weight.grad = gradient.clone()
+        optimizer.step()
+
+    step(whole, first, gradients[0]), step(whole, first, gradients[1])
+    step(stopped, second, gradients[0])
+    resumed.load_state_dict(stopped.state_dict())
+    third.load_state_dict(second.state_dict())
+    step(resumed, third, gradients[1])
+    assert torch.equal(resumed.weight, whole.weight)
