@@ -273,7 +273,7 @@ def draw_decoded(args):
         axis.set(xlim=(-0.35 * size, 1.35 * size), ylim=(1.35 * size, -0.35 * size), xticks=[], yticks=[])
     lines = [plt.Line2D([], [], color=colour, linewidth=2, label=f"{name} outline of t(x) in x, its top thick")
              for name, colour in OUTLINES.items()]
-    figure.tight_layout(pad=0.3, rect=(0, 0.5 / figure.get_figheight() / 1.5, 1, 1))
+    figure.tight_layout(pad=0.3, h_pad=1.5, rect=(0, 0.5 / figure.get_figheight() / 1.5, 1, 1))
     figure.legend(handles=lines, loc="lower center", ncols=2, fontsize=10, frameon=False)
     save(figure, args.output)
 
