@@ -119,22 +119,6 @@ void run(const Warp& w, const Tensor& images, Type out, Tensor& output) {
   }
 }
 
-// In kept memory where there is some. Before torch 2.11 no tensor made here could say when it is freed.
-Tensor new_output(const Warp& w, const Tensor& images, ScalarType dtype, bool any) {
-#if defined(TORCH_VERSION_2_11_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
-  if (any && !images.is_cuda()) {
-    const int64_t pixels = w.height * w.width, element = size_of(type_of(dtype));
-    const Memory memory = take_memory(w.batch * w.channels * pixels * element);
-    if (memory.data) {
-      return torch::stable::from_blob(memory.data, {w.batch, w.channels, w.height, w.width},
-                                      {w.channels * pixels, pixels, w.width, 1}, images.device(), dtype,
-                                      [memory](void*) { give_back(memory); });
-    }
-  }
-#endif
-  return torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
-}
-
 Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
             const std::optional<Tensor>& crop, const std::optional<Tensor>& window, const std::optional<Tensor>& scale,
             const std::optional<Tensor>& shift, double fill, ScalarType dtype) {
@@ -142,7 +126,7 @@ Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, con
   const Type out = type_of(dtype);
   check_types(w, type_of(images.scalar_type()), out);
   const bool any = has_elements(w);
-  Tensor output = new_output(w, images, dtype, any);
+  Tensor output = torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
   if (any) run(w, images, out, output);
   return output;
 }

@@ -123,6 +123,11 @@ WARP_INLINE bool inside(const View& view, const Point& p) {
          p.v >= static_cast<double>(view.top) && p.v < static_cast<double>(view.bottom);
 }
 
+// The source column where the window begins, or with a flip ends.
+WARP_INLINE int64_t source_column(const Warp& w, const View& view) {
+  return view.right + (view.flip ? w.width - view.end : view.left);
+}
+
 // The largest doubt, in pixels, with which float32 stays within 0.02 grey levels on the CPU, measured. Steeper maps,
 // which magnify its rounding, are computed in float64; of those that the methods draw, none up to 128 pixels a side, one
 // in 500 at 256.
@@ -236,18 +241,6 @@ void warp_backward_cpu(const Warp&, Type in, const void* grad, void* grad_images
 // is for tests and benchmarks; false where the processor lacks it.
 std::vector<std::string> cpu_targets();
 bool set_cpu_target(const std::string& name);
-
-// Implemented in memory.cpp: memory for a large output on the CPU, of at least so many bytes and at a large page's border,
-// new or that of an earlier one; null where an ordinary tensor is to do: the output is small or larger than the limit,
-// memory is short, another thread is at it, or the system is not Linux. give_back keeps it for later outputs. keep_memory
-// sets how many bytes are kept at most, frees what is more, and returns the limit there was.
-struct Memory {
-  void* data = nullptr;
-  int64_t bytes = 0;
-};
-Memory take_memory(int64_t bytes);
-void give_back(Memory memory);
-int64_t keep_memory(int64_t limit);
 
 void warp_cuda(const Warp&, Type in, Type out, void* output, void* stream);
 void warp_backward_cuda(const Warp&, Type in, const void* grad, void* grad_images, double* grad_coefficients,
