@@ -71,13 +71,6 @@ struct Frame {
 // What becomes of a channel's interpolated value: value * scale + offset; and what is written outside, likewise counted.
 struct Channel { float scale, offset, fill; };
 
-// The value outside the image, in the output's range where that has one.
-template <typename Out>
-float fill_value(const Warp& w) {
-  const float fill = static_cast<float>(w.fill);
-  return std::is_same_v<Out, uint8_t> ? (fill > 0.0f ? std::min(fill, 255.0f) : 0.0f) : fill;  // NaN: 0
-}
-
 // One NaN for all: its first 16 bits are one too, and no addition to its bits overflows.
 inline float usual(float value) { return value == value ? value : std::numeric_limits<float>::quiet_NaN(); }
 
@@ -174,32 +167,13 @@ template <typename Real, typename In>
 void backward_plain(const Warp& w, int64_t begin, int64_t end, const Real* grad, Real* grad_images,
                     double* grad_coefficients) {
   const int64_t pixels = w.height * w.width;
-  Warp target = w;  // offsets into the gradient of the images, which is contiguous and has no index
-  target.stride_n = w.channels * pixels, target.stride_h = w.width, target.stride_w = 1;
   for (int64_t n = begin; n < end; ++n) {
     const Coefficients coefficients = load_coefficients(w, n);
     const View view = load_view(w, n);
-    const Real* of_image = grad + n * w.channels * pixels;
-    double sums[8] = {};
+    double* sums = grad_coefficients ? grad_coefficients + n * 8 : nullptr;
     for (int64_t i = 0; i < pixels; ++i) {
-      const Point point = source_point(coefficients, i / w.width, i % w.width);
-      if (!inside(view, point)) continue;
-      if (grad_coefficients) {
-        double du = 0, dv = 0;
-        point_gradient<Real, In>(w, taps<Real>(w, view, point), [&](int64_t c) { return of_image[c * pixels + i]; }, du,
-                                 dv);
-        add_coefficient_gradient(point, du, dv, sums);
-      }
-      if (!grad_images) continue;
-      const Taps<Real> t = taps<Real>(target, view, point);
-      for (int k = 0; k < 4; ++k) {
-        for (int64_t c = 0; t.at[k] >= 0 && c < w.channels; ++c) {
-          const Real scale = w.scale ? static_cast<Real>(w.scale[c]) : Real(1);
-          grad_images[t.at[k] + c * pixels] += of_image[c * pixels + i] * scale * tap_weight(t, k);
-        }
-      }
+      add_gradients<Real, In>(w, view, coefficients, grad + n * w.channels * pixels, i, grad_images, sums);
     }
-    if (grad_coefficients) std::copy(sums, sums + 8, grad_coefficients + n * 8);
   }
 }
 
