@@ -211,7 +211,7 @@ WARP_INLINE float fill_value(const Warp& w) {
 }
 
 // d loss / d coefficients of one pixel, given d loss / d (u, v): the quotient rule.
-WARP_INLINE void add_coefficient_gradient(const Point& p, double du, double dv, double* gradient) {
+WARP_INLINE void add_coefficient_gradient(const Point& p, double du, double dv, double (&gradient)[8]) {
   du *= p.inverse;
   dv *= p.inverse;
   const double dw = -(du * p.u + dv * p.v);
@@ -229,14 +229,15 @@ WARP_INLINE void add(Real* to, Real value) {
 #endif
 }
 
-// The gradients through pixel i of one image, of which `grad` is that of the output. Either target may be null.
+// The gradients through pixel i of one image, of which `grad` is that of the output: into the images', which may be null,
+// and the sums of the coefficients', where they are wanted.
 template <typename Real, typename In>
 WARP_INLINE void add_gradients(const Warp& w, const View& view, const Coefficients& k, const Real* grad, int64_t i,
-                               Real* grad_images, double* grad_coefficients) {
+                               Real* grad_images, bool sums_wanted, double (&sums)[8]) {
   const int64_t pixels = w.height * w.width;
   const Point point = source_point(k, i / w.width, i % w.width);
   if (!inside(view, point)) return;
-  if (grad_coefficients) {
+  if (sums_wanted) {
     const Taps<Real> t = taps<Real>(w, view, point);
     double du = 0, dv = 0;
     for (int64_t c = 0; c < w.channels; ++c) {
@@ -246,7 +247,7 @@ WARP_INLINE void add_gradients(const Warp& w, const View& view, const Coefficien
       du += g * ((p01 - p00) * (1 - t.fy) + (p11 - p10) * t.fy);
       dv += g * ((p10 - p00) * (1 - t.fx) + (p11 - p01) * t.fx);
     }
-    add_coefficient_gradient(point, du, dv, grad_coefficients);
+    add_coefficient_gradient(point, du, dv, sums);
   }
   if (!grad_images) return;
   Warp target = w;  // offsets into the gradient of the images, which is contiguous and has no index

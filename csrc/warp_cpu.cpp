@@ -170,10 +170,12 @@ void backward_plain(const Warp& w, int64_t begin, int64_t end, const Real* grad,
   for (int64_t n = begin; n < end; ++n) {
     const Coefficients coefficients = load_coefficients(w, n);
     const View view = load_view(w, n);
-    double* sums = grad_coefficients ? grad_coefficients + n * 8 : nullptr;
+    const Real* of_image = grad + n * w.channels * pixels;
+    double sums[8] = {};
     for (int64_t i = 0; i < pixels; ++i) {
-      add_gradients<Real, In>(w, view, coefficients, grad + n * w.channels * pixels, i, grad_images, sums);
+      add_gradients<Real, In>(w, view, coefficients, of_image, i, grad_images, grad_coefficients != nullptr, sums);
     }
+    if (grad_coefficients) std::copy(sums, sums + 8, grad_coefficients + n * 8);
   }
 }
 

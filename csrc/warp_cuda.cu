@@ -509,7 +509,7 @@ __global__ void __launch_bounds__(kGradientThreads) backward_kernel(const Warp w
     const Real* grad = grad_output + n * w.channels * pixels;
     double sums[8] = {};
     for (int64_t i = threadIdx.x; i < pixels && view.image >= 0; i += kGradientThreads) {
-      add_gradients<Real, In>(w, view, coefficients, grad, i, grad_images, grad_coefficients ? sums : nullptr);
+      add_gradients<Real, In>(w, view, coefficients, grad, i, grad_images, grad_coefficients != nullptr, sums);
     }
     if (grad_coefficients) {
       for (int k = 0; k < 8; ++k) {
