@@ -111,7 +111,7 @@ LOCAL Ints load_points(const Word* from, const int32_t* at) {
   return load<Ints>(from + at[0]);
 }
 LOCAL Ints add_products(Words a, Ints b) {
-  return ((Ints)a & 0xffff) * (b << 16 >> 16) + (Ints)((UnsignedInts)a >> 16) * (b >> 16);
+  return ((Ints)a & 0xffff) * (b << 16 >> 16) + ((Ints)a >> 16 & 0xffff) * (b >> 16);
 }
 LOCAL NarrowBytes narrow(Ints value, uint8_t) { return __builtin_convertvector(value, NarrowBytes); }
 LOCAL NarrowWords narrow(Ints value, uint16_t) { return __builtin_convertvector(value, NarrowWords); }
@@ -208,12 +208,12 @@ LOCAL void fill_frame(const Warp& w, const View& view, Frame<In>& frame) {
 
 // --------------------------------------------------------------------------------------------------------- the points
 
-// Where the pixels of a block of whole rows are read. The frame is not flipped: column x of a flipped view is there column
-// -x - 1, counted from the last, and the fraction 1 - fx. Both are exact: a flip changes no bit of what is blended. False where float32 cannot tell of one whether it is inside.
-LOCAL bool locate(const CentredMap& m, const Warp& w, const View& view, const float* centres, int64_t pitch, int64_t row,
-                  int64_t rows, Block& block) {
+// Where the pixels of a block of whole rows are read. The frame is not flipped: column x of a flipped view is column -x - 1
+// there, counted from the last, and the fraction is 1 - fx. Both are exact: a flip changes no bit. False where float32 cannot tell of one whether it is inside.
+template <bool kFlip>
+LOCAL bool locate(const CentredMap& m, const Warp& w, const float* centres, int64_t pitch, int64_t row, int64_t rows,
+                  Block& block) {
   const float to_column = m.half_u + 0.5f, to_row = m.half_v + 0.5f, first_y = 0.5f - 0.5f * static_cast<float>(w.height);
-  const float mirrored = view.flip ? 1.0f : 0.0f;
   Floats closest = Floats{} + std::numeric_limits<float>::max();
   for (int64_t r = 0; r < rows; ++r) {
     const float y = first_y + static_cast<float>(row + r);
@@ -227,9 +227,9 @@ LOCAL bool locate(const CentredMap& m, const Warp& w, const View& view, const fl
       const Ints inside = (Ints)past >> 31;
       const Floats column = (Floats)((Ints)(u + to_column) & inside), line = (Floats)((Ints)(v + to_row) & inside);
       const Ints left = __builtin_convertvector(column, Ints), top = __builtin_convertvector(line, Ints);
-      const Floats fx = magnitude(column - __builtin_convertvector(left, Floats) - mirrored);
+      const Floats from_left = column - __builtin_convertvector(left, Floats), fx = kFlip ? 1.0f - from_left : from_left;
       const int64_t to = r * w.width + i;
-      store(block.at + to, top * static_cast<int32_t>(pitch) + (left ^ -view.flip));
+      store(block.at + to, top * static_cast<int32_t>(pitch) + (kFlip ? ~left : left));
       store(block.fx + to, inside ? fx : kOutside);
       store(block.fy + to, line - __builtin_convertvector(top, Floats));
     }
@@ -362,9 +362,10 @@ TARGET void forward(const Warp& w, int64_t begin, int64_t end, void* outputs) {
       for (int64_t x = 0; x < w.width; x += columns_together) {
         const int64_t rows = std::min(rows_together, w.height - y), columns = std::min(columns_together, w.width - x);
         const int count = static_cast<int>(rows * columns);
-        if (map.exact || !locate(map, w, view, centres.data(), frame.pitch, y, rows, block)) {
-          locate_exactly(coefficients, view, frame.pitch, y, x, rows, columns, block);
-        }
+        const float* x0 = centres.data();
+        const bool sure = !map.exact && (view.flip ? locate<true>(map, w, x0, frame.pitch, y, rows, block)
+                                                   : locate<false>(map, w, x0, frame.pitch, y, rows, block));
+        if (!sure) locate_exactly(coefficients, view, frame.pitch, y, x, rows, columns, block);
         std::fill(block.at + count, block.at + count + kLanes, 0);  // the rest of the last vector
         for (int64_t p = 0; p < frame.planes; ++p) {
           const int64_t c = p * kPacked<In>, left = w.channels - c;
