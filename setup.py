@@ -62,7 +62,7 @@ def architectures(home):
     return ";".join(f"{number[:-1]}.{number[-1]}" for number in wanted) + "+PTX"
 
 
-sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp", "csrc/memory.cpp"]
+sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp"]
 # The oldest torch this build runs with, in the stable interface's notation: 2.11, or 2.10 where that is built with
 # (csrc/memory.cpp is of no use then).
 oldest = "0x020a000000000000" if torch.__version__.startswith("2.10.") else "0x020b000000000000"

@@ -32,15 +32,4 @@ PYBIND11_MODULE(_C, module) {
         if (!minter::set_cpu_target(name)) throw pybind11::value_error("this processor has no '" + name + "'");
       },
       "Makes the CPU kernel use these instructions, for tests and benchmarks; the results are the same bit for bit.");
-  module.def(
-      "keep_memory",
-      [](int64_t limit) {
-        if (limit < 0) throw pybind11::value_error("keep_memory takes a number of bytes, 0 or more");
-        return minter::keep_memory(limit);
-      },
-      pybind11::arg("limit"),
-      "Sets how many bytes of freed outputs on the CPU, of more than 32 MiB each, this process keeps for later ones (at\n"
-      "first 2 GiB, or an eighth of the machine's memory where that is less), and returns the limit there was. What is\n"
-      "kept beyond it is freed: keep_memory(0) frees all and keeps none. Nothing is kept before torch 2.11 and elsewhere\n"
-      "than on Linux.");
 }

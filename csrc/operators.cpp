@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -16,6 +17,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = const std::optional<Tensor>&;
 
 Type type_of(ScalarType type) {
   switch (type) {
@@ -27,68 +29,70 @@ Type type_of(ScalarType type) {
   }
 }
 
-int64_t size_of(Type type) {
-  return type == Type::uint8 ? 1 : type == Type::bfloat16 ? 2 : type == Type::float32 ? 4 : 8;
+// torch.frombuffer can make tensors that do not begin where their type may.
+const void* aligned(const Tensor& tensor, const char* name) {
+  const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % tensor.element_size() == 0, "minter::warp: ", name,
+                  " does not begin at a multiple of its element's size");
+  return data;
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+// The data of a contiguous tensor of this type and shape, on the device of the images.
+const void* checked(const Tensor& tensor, const Tensor& images, const char* name, ScalarType type,
+                    std::initializer_list<int64_t> shape) {
+  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = tensor.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(fits, "minter::warp: ", name, " has the wrong shape");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, "minter::warp: ", name, " has the wrong type");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "minter::warp: ", name, " is to be contiguous");
+  STD_TORCH_CHECK(tensor.is_cuda() == images.is_cuda() && tensor.get_device_index() == images.get_device_index(),
+                  "minter::warp: ", name, " is on another device than the images");
+  return aligned(tensor, name);
 }
 
-// What the kernels read has to begin where its type may: torch.frombuffer can make tensors that do not.
 template <typename T>
-const T* aligned(const void* data, size_t size, const char* name) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % size == 0, "minter::warp: ", name,
-                  " do not begin at a multiple of their element's size");
-  return static_cast<const T*>(data);
-}
-
-template <typename T>
-const T* optional_data(const std::optional<Tensor>& tensor, const Tensor& images, const char* name, ScalarType type,
-                       int64_t rows, int64_t columns) {
-  if (!tensor) return nullptr;
-  const bool right_shape = columns == 0 ? tensor->dim() == 1 : tensor->dim() == 2 && tensor->size(1) == columns;
-  STD_TORCH_CHECK(right_shape && tensor->size(0) == rows, "minter::warp: ", name, " has the wrong shape");
-  STD_TORCH_CHECK(tensor->scalar_type() == type, "minter::warp: ", name, " has the wrong type");
-  STD_TORCH_CHECK(tensor->is_contiguous(), "minter::warp: ", name, " is to be contiguous");
-  STD_TORCH_CHECK(same_device(*tensor, images), "minter::warp: ", name, " is on another device than the images");
-  return aligned<T>(tensor->const_data_ptr(), type == ScalarType::Float ? 4 : 8, name);
-}
-
-// Whether the output has any element; it is refused when it has more than any memory, so that no product overflows.
-// Without this, images without channels or in a batch of none would be walked over however large they say they are.
-bool has_elements(const Warp& w) {
-  double elements = 1;
-  for (const int64_t size : {w.batch, w.channels, w.height, w.width}) elements *= static_cast<double>(size);
-  STD_TORCH_CHECK(elements <= 1e15, "minter::warp: an output of ", w.batch, " x ", w.channels, " x ", w.height, " x ",
-                  w.width, " elements is too large");
-  return elements > 0;
+const T* checked(Optional tensor, const Tensor& images, const char* name, ScalarType type,
+                 std::initializer_list<int64_t> shape) {
+  return tensor ? static_cast<const T*>(checked(*tensor, images, name, type, shape)) : nullptr;
 }
 
 // Checks everything the kernels rely on.
-Warp make_warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
-               const std::optional<Tensor>& crop, const std::optional<Tensor>& window,
-               const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double fill) {
+Warp make_warp(const Tensor& images, Optional coefficients, Optional index, Optional crop, Optional window,
+               Optional scale, Optional shift, double fill) {
   STD_TORCH_CHECK(images.dim() == 4, "minter::warp: images are to have 4 dimensions (N, C, H, W)");
-  const ScalarType type = images.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Float || type == ScalarType::Double,
+  STD_TORCH_CHECK(type_of(images.scalar_type()) != Type::bfloat16,
                   "minter::warp: images are to be uint8, float32 or float64");
   Warp w{};
+  w.images = aligned(images, "images");
   w.num_images = images.size(0), w.channels = images.size(1), w.height = images.size(2), w.width = images.size(3);
   w.stride_n = images.stride(0), w.stride_c = images.stride(1), w.stride_h = images.stride(2);
   w.stride_w = images.stride(3);
   w.batch = index ? index->numel() : w.num_images;
   w.fill = fill;
-  w.images = aligned<void>(images.const_data_ptr(), size_of(type_of(type)), "images");
-  w.index = optional_data<int64_t>(index, images, "index", ScalarType::Long, w.batch, 0);
-  w.crop = optional_data<int64_t>(crop, images, "crop", ScalarType::Long, w.batch, 3);
-  w.window = optional_data<int64_t>(window, images, "window", ScalarType::Long, w.batch, 4);
-  w.scale = optional_data<float>(scale, images, "scale", ScalarType::Float, w.channels, 0);
-  w.shift = optional_data<float>(shift, images, "shift", ScalarType::Float, w.channels, 0);
+  w.index = checked<int64_t>(index, images, "index", ScalarType::Long, {w.batch});
+  w.crop = checked<int64_t>(crop, images, "crop", ScalarType::Long, {w.batch, 3});
+  w.window = checked<int64_t>(window, images, "window", ScalarType::Long, {w.batch, 4});
+  w.scale = checked<float>(scale, images, "scale", ScalarType::Float, {w.channels});
+  w.shift = checked<float>(shift, images, "shift", ScalarType::Float, {w.channels});
   w.double_coefficients = coefficients && coefficients->scalar_type() == ScalarType::Double;
-  w.coefficients = optional_data<void>(coefficients, images, "coefficients",
-                                       w.double_coefficients ? ScalarType::Double : ScalarType::Float, w.batch, 8);
+  w.coefficients = checked<void>(coefficients, images, "coefficients",
+                                 w.double_coefficients ? ScalarType::Double : ScalarType::Float, {w.batch, 8});
+  // More elements than any memory are refused, so that no product overflows.
+  double elements = 1;
+  for (const int64_t size : {w.batch, w.channels, w.height, w.width}) elements *= static_cast<double>(size);
+  STD_TORCH_CHECK(elements <= 1e15, "minter::warp: an output of ", w.batch, " x ", w.channels, " x ", w.height, " x ",
+                  w.width, " elements is too large");
   return w;
+}
+
+// Images without channels or in a batch of none are not to be walked over, however large they say they are.
+bool is_empty(const Warp& w) { return w.batch == 0 || w.channels == 0 || w.height == 0 || w.width == 0; }
+
+void check_types(const Warp& w, Type in, Type out) {
+  STD_TORCH_CHECK(in == out || (in != Type::float64 && (out == Type::float32 || out == Type::bfloat16)),
+                  "minter::warp: the output is to have the type of the images, or float32 or bfloat16");
+  STD_TORCH_CHECK(out != Type::uint8 || (!w.scale && !w.shift),
+                  "minter::warp: uint8 output takes no scale and no shift");
 }
 
 #ifdef MINTER_CUDA
@@ -100,50 +104,24 @@ void* current_stream(const Tensor& tensor) {
 }
 #endif
 
-void check_types(const Warp& w, Type in, Type out) {
-  STD_TORCH_CHECK(in == out || (in != Type::float64 && (out == Type::float32 || out == Type::bfloat16)),
-                  "minter::warp: the output is to have the type of the images, or float32 or bfloat16");
-  STD_TORCH_CHECK(out != Type::uint8 || (!w.scale && !w.shift),
-                  "minter::warp: uint8 output takes no scale and no shift");
-}
-
-void run(const Warp& w, const Tensor& images, Type out, Tensor& output) {
-  const Type in = type_of(images.scalar_type());
-  if (images.is_cuda()) {
+void run(const Warp& w, const Tensor& images, Tensor& output) {
+  const Type in = type_of(images.scalar_type()), out = type_of(output.scalar_type());
+  if (is_empty(w)) return;
 #ifdef MINTER_CUDA
+  if (images.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-    warp_cuda(w, in, out, output.mutable_data_ptr(), current_stream(images));
-#endif
-  } else {
-    warp_cpu(w, in, out, output.mutable_data_ptr());
-  }
-}
-
-// In kept memory where there is some. Before torch 2.11 no tensor made here could say when it is freed.
-Tensor new_output(const Warp& w, const Tensor& images, ScalarType dtype, bool any) {
-#if defined(TORCH_VERSION_2_11_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
-  if (any && !images.is_cuda()) {
-    const int64_t pixels = w.height * w.width, element = size_of(type_of(dtype));
-    const Memory memory = take_memory(w.batch * w.channels * pixels * element);
-    if (memory.data) {
-      return torch::stable::from_blob(memory.data, {w.batch, w.channels, w.height, w.width},
-                                      {w.channels * pixels, pixels, w.width, 1}, images.device(), dtype,
-                                      [memory](void*) { give_back(memory); });
-    }
+    return warp_cuda(w, in, out, output.mutable_data_ptr(), current_stream(images));
   }
 #endif
-  return torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
+  warp_cpu(w, in, out, output.mutable_data_ptr());
 }
 
-Tensor warp(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
-            const std::optional<Tensor>& crop, const std::optional<Tensor>& window, const std::optional<Tensor>& scale,
-            const std::optional<Tensor>& shift, double fill, ScalarType dtype) {
+Tensor warp(const Tensor& images, Optional coefficients, Optional index, Optional crop, Optional window, Optional scale,
+            Optional shift, double fill, ScalarType dtype) {
   const Warp w = make_warp(images, coefficients, index, crop, window, scale, shift, fill);
-  const Type out = type_of(dtype);
-  check_types(w, type_of(images.scalar_type()), out);
-  const bool any = has_elements(w);
-  Tensor output = new_output(w, images, dtype, any);
-  if (any) run(w, images, out, output);
+  check_types(w, type_of(images.scalar_type()), type_of(dtype));
+  Tensor output = torch::stable::new_empty(images, {w.batch, w.channels, w.height, w.width}, dtype);
+  run(w, images, output);
   return output;
 }
 
@@ -159,57 +137,43 @@ bool may_overlap(const Tensor& a, const Tensor& b) {
          reinterpret_cast<uintptr_t>(b.const_data_ptr()) < end(a);
 }
 
-void warp_out(const Tensor& images, const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
-              const std::optional<Tensor>& crop, const std::optional<Tensor>& window,
-              const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double fill, Tensor output) {
+void warp_out(const Tensor& images, Optional coefficients, Optional index, Optional crop, Optional window,
+              Optional scale, Optional shift, double fill, Tensor output) {
   const Warp w = make_warp(images, coefficients, index, crop, window, scale, shift, fill);
-  const Type out = type_of(output.scalar_type());
-  check_types(w, type_of(images.scalar_type()), out);
-  STD_TORCH_CHECK(output.dim() == 4 && output.size(0) == w.batch && output.size(1) == w.channels &&
-                      output.size(2) == w.height && output.size(3) == w.width && output.is_contiguous() &&
-                      same_device(output, images),
-                  "minter::warp_out: out is to be contiguous, of the shape of the result, on the device of the images");
-  aligned<void>(output.const_data_ptr(), output.element_size(), "out");
-  if (!has_elements(w)) return;
+  check_types(w, type_of(images.scalar_type()), type_of(output.scalar_type()));
+  checked(output, images, "out", output.scalar_type(), {w.batch, w.channels, w.height, w.width});
   for (const auto& read : {std::optional<Tensor>(images), coefficients, index, crop, window, scale, shift}) {
     STD_TORCH_CHECK(!read || !may_overlap(*read, output), "minter::warp_out: out shares memory with what is read");
   }
-  run(w, images, out, output);
+  run(w, images, output);
 }
 
 // Gradients with respect to the images (zeros of no elements when not asked for) and the coefficients (likewise).
-std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad, const Tensor& images,
-                                         const std::optional<Tensor>& coefficients, const std::optional<Tensor>& index,
-                                         const std::optional<Tensor>& crop, const std::optional<Tensor>& window,
-                                         const std::optional<Tensor>& scale, bool images_needed,
-                                         bool coefficients_needed) {
+std::tuple<Tensor, Tensor> warp_backward(const Tensor& grad, const Tensor& images, Optional coefficients,
+                                         Optional index, Optional crop, Optional window, Optional scale,
+                                         bool images_needed, bool coefficients_needed) {
   const Warp w = make_warp(images, coefficients, index, crop, window, scale, std::nullopt, 0.0);
   const Type in = type_of(images.scalar_type());
-  const ScalarType real = in == Type::float64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(!images_needed || (in != Type::uint8 && !index),
                   "minter::warp_backward: only float images taken without an index have a gradient");
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == w.batch && grad.size(1) == w.channels &&
-                      grad.size(2) == w.height && grad.size(3) == w.width && grad.scalar_type() == real &&
-                      grad.is_contiguous() && same_device(grad, images),
-                  "minter::warp_backward: grad does not fit the output");
-  aligned<void>(grad.const_data_ptr(), in == Type::float64 ? 8 : 4, "gradients");
-  const bool any = has_elements(w);
+  const void* from = checked(grad, images, "grad", in == Type::float64 ? ScalarType::Double : ScalarType::Float,
+                             {w.batch, w.channels, w.height, w.width});
   using Shape = std::initializer_list<int64_t>;
   Tensor grad_images = torch::stable::new_zeros(
       images, images_needed ? Shape{w.batch, w.channels, w.height, w.width} : Shape{0}, images.scalar_type());
   Tensor grad_coefficients =
       torch::stable::new_zeros(images, coefficients_needed ? Shape{w.batch, 8} : Shape{0}, ScalarType::Double);
-  if (!any) return {grad_images, grad_coefficients};
+  if (is_empty(w)) return {grad_images, grad_coefficients};
   void* to_images = images_needed ? grad_images.mutable_data_ptr() : nullptr;
   double* to_coefficients = coefficients_needed ? grad_coefficients.mutable_data_ptr<double>() : nullptr;
-  if (images.is_cuda()) {
 #ifdef MINTER_CUDA
+  if (images.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-    warp_backward_cuda(w, in, grad.const_data_ptr(), to_images, to_coefficients, current_stream(images));
-#endif
-  } else {
-    warp_backward_cpu(w, in, grad.const_data_ptr(), to_images, to_coefficients);
+    warp_backward_cuda(w, in, from, to_images, to_coefficients, current_stream(images));
+    return {grad_images, grad_coefficients};
   }
+#endif
+  warp_backward_cpu(w, in, from, to_images, to_coefficients);
   return {grad_images, grad_coefficients};
 }
 

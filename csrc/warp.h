@@ -123,6 +123,11 @@ WARP_INLINE bool inside(const View& view, const Point& p) {
          p.v >= static_cast<double>(view.top) && p.v < static_cast<double>(view.bottom);
 }
 
+// The source column where the window begins, or with a flip ends.
+WARP_INLINE int64_t source_column(const Warp& w, const View& view) {
+  return view.right + (view.flip ? w.width - view.end : view.left);
+}
+
 // The largest doubt, in pixels, with which float32 stays within 0.02 grey levels on the CPU, measured. Steeper maps,
 // which magnify its rounding, are computed in float64; of those that the methods draw, none up to 128 pixels a side, one
 // in 500 at 256.
@@ -197,8 +202,16 @@ WARP_INLINE Real normalized(const Warp& w, Real value, int64_t channel) {
   return value;
 }
 
+// The value outside the image, in the output's range where that has one. NaN becomes 0 there.
+template <typename Out>
+WARP_INLINE float fill_value(const Warp& w) {
+  const float fill = static_cast<float>(w.fill);
+  if (!std::is_same_v<Out, uint8_t>) return fill;
+  return fill > 0.0f ? (fill < 255.0f ? fill : 255.0f) : 0.0f;
+}
+
 // d loss / d coefficients of one pixel, given d loss / d (u, v): the quotient rule.
-WARP_INLINE void add_coefficient_gradient(const Point& p, double du, double dv, double* gradient) {
+WARP_INLINE void add_coefficient_gradient(const Point& p, double du, double dv, double (&gradient)[8]) {
   du *= p.inverse;
   dv *= p.inverse;
   const double dw = -(du * p.u + dv * p.v);
@@ -207,22 +220,46 @@ WARP_INLINE void add_coefficient_gradient(const Point& p, double du, double dv, 
   gradient[6] += dw * p.x, gradient[7] += dw * p.y;
 }
 
-// d loss / d (u, v) of one pixel, summed over the channels; `gradient(channel)` is d loss / d output.
-template <typename Real, typename In, typename Gradient>
-WARP_INLINE void point_gradient(const Warp& w, const Taps<Real>& t, Gradient gradient, double& du, double& dv) {
-  for (int64_t c = 0; c < w.channels; ++c) {
-    const Real p00 = fetch<Real, In>(w, t.at[0], c), p01 = fetch<Real, In>(w, t.at[1], c);
-    const Real p10 = fetch<Real, In>(w, t.at[2], c), p11 = fetch<Real, In>(w, t.at[3], c);
-    const double g = static_cast<double>(gradient(c)) * (w.scale ? w.scale[c] : 1.0f);
-    du += g * ((p01 - p00) * (1 - t.fy) + (p11 - p10) * t.fy);
-    dv += g * ((p10 - p00) * (1 - t.fx) + (p11 - p01) * t.fx);
-  }
+template <typename Real>
+WARP_INLINE void add(Real* to, Real value) {
+#ifdef __CUDA_ARCH__
+  atomicAdd(to, value);
+#else
+  *to += value;
+#endif
 }
 
-// The weight of tap k in the bilinear sum.
-template <typename Real>
-WARP_INLINE Real tap_weight(const Taps<Real>& t, int k) {
-  return (k % 2 ? t.fx : 1 - t.fx) * (k / 2 ? t.fy : 1 - t.fy);
+// The gradients through pixel i of one image, of which `grad` is that of the output: into the images', which may be null,
+// and the sums of the coefficients', where they are wanted.
+template <typename Real, typename In>
+WARP_INLINE void add_gradients(const Warp& w, const View& view, const Coefficients& k, const Real* grad, int64_t i,
+                               Real* grad_images, bool sums_wanted, double (&sums)[8]) {
+  const int64_t pixels = w.height * w.width;
+  const Point point = source_point(k, i / w.width, i % w.width);
+  if (!inside(view, point)) return;
+  if (sums_wanted) {
+    const Taps<Real> t = taps<Real>(w, view, point);
+    double du = 0, dv = 0;
+    for (int64_t c = 0; c < w.channels; ++c) {
+      const Real p00 = fetch<Real, In>(w, t.at[0], c), p01 = fetch<Real, In>(w, t.at[1], c);
+      const Real p10 = fetch<Real, In>(w, t.at[2], c), p11 = fetch<Real, In>(w, t.at[3], c);
+      const double g = static_cast<double>(grad[c * pixels + i]) * (w.scale ? w.scale[c] : 1.0f);
+      du += g * ((p01 - p00) * (1 - t.fy) + (p11 - p10) * t.fy);
+      dv += g * ((p10 - p00) * (1 - t.fx) + (p11 - p01) * t.fx);
+    }
+    add_coefficient_gradient(point, du, dv, sums);
+  }
+  if (!grad_images) return;
+  Warp target = w;  // offsets into the gradient of the images, which is contiguous and has no index
+  target.stride_n = w.channels * pixels, target.stride_h = w.width, target.stride_w = 1;
+  const Taps<Real> t = taps<Real>(target, view, point);
+  for (int tap = 0; tap < 4; ++tap) {
+    const Real weight = (tap % 2 ? t.fx : 1 - t.fx) * (tap / 2 ? t.fy : 1 - t.fy);
+    for (int64_t c = 0; t.at[tap] >= 0 && c < w.channels; ++c) {
+      const Real scale = w.scale ? static_cast<Real>(w.scale[c]) : Real(1);
+      add(grad_images + t.at[tap] + c * pixels, grad[c * pixels + i] * scale * weight);
+    }
+  }
 }
 
 // Output element types. uint8 rounds to nearest even and saturates; the rest convert.
@@ -236,18 +273,6 @@ void warp_backward_cpu(const Warp&, Type in, const void* grad, void* grad_images
 // is for tests and benchmarks; false where the processor lacks it.
 std::vector<std::string> cpu_targets();
 bool set_cpu_target(const std::string& name);
-
-// Implemented in memory.cpp: memory for a large output on the CPU, of at least so many bytes and at a large page's border,
-// new or that of an earlier one; null where an ordinary tensor is to do: the output is small or larger than the limit,
-// memory is short, another thread is at it, or the system is not Linux. give_back keeps it for later outputs. keep_memory
-// sets how many bytes are kept at most, frees what is more, and returns the limit there was.
-struct Memory {
-  void* data = nullptr;
-  int64_t bytes = 0;
-};
-Memory take_memory(int64_t bytes);
-void give_back(Memory memory);
-int64_t keep_memory(int64_t limit);
 
 void warp_cuda(const Warp&, Type in, Type out, void* output, void* stream);
 void warp_backward_cuda(const Warp&, Type in, const void* grad, void* grad_images, double* grad_coefficients,

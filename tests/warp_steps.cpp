@@ -1,9 +1,9 @@
-// Runs the steps of the CUDA kernel (csrc/warp_steps.h) on the host: for each image, each step for one thread after the
+// Runs the steps of the CUDA kernel (csrc/warp_cuda.cu) on the host: for each image, each step for one thread after the
 // other in the order given, then the next step, which is what barriers make of them on a device.
-#include "warp_steps.h"
-
 #include <cstdint>
 #include <vector>
+
+#include "warp_cuda.cu"
 
 using namespace minter;
 
@@ -11,31 +11,25 @@ namespace {
 
 constexpr uint32_t kCanary = 0xdeadbeef;
 
-template <typename In, typename Out, bool kStaged, int kChannels, int kPixels>
-int run_images(const Warp& w, const Plan& plan, const int32_t* order, Out* output) {
+template <typename In, typename Out, int kChannels, int kPixels>
+int run_staged(const Warp& w, const Plan& plan, const int32_t* order, Out* output) {
   const int planes = planes_of<In, kChannels>(w);
-  const size_t words = kStaged ? plan.bytes / sizeof(uint32_t) : 0;
+  const size_t words = plan.bytes / sizeof(uint32_t);
   std::vector<uint32_t> tile(words + 64, kCanary);
   const auto all_threads = [&](auto step) {
-    for (int i = 0; i < kImageThreads; ++i) step(order[i]);
+    for (int i = 0; i < kThreads; ++i) step(order[i]);
   };
   for (int64_t n = 0; n < w.batch; ++n) {
     const Tile t = make_tile(w, n);
     if (t.image < 0) return 1;
     const CentredMap map = centre(load_coefficients(w, n), load_view(w, n), w.height, w.width);
-    if (kStaged && t.rows > 0 && t.columns > 0) {
+    if (t.rows > 0 && t.columns > 0) {
       if (reaches_beyond(w, t)) all_threads([&](int thread) { blacken(t, planes, tile.data(), thread); });
       all_threads([&](int thread) { copy_in<In, kChannels>(w, t, plan.reads_fours, tile.data(), thread); });
       all_threads([&](int thread) { repeat_border(t, planes, tile.data(), thread); });
     }
     Out* out = output + n * w.channels * w.height * w.width;
-    for (int64_t first = 0; first < w.height; first += plan.rows) {
-      const int past = static_cast<int>(first + plan.rows < w.height ? first + plan.rows : w.height);
-      all_threads([&](int thread) {
-        sample<In, Out, kStaged, kChannels, kPixels>(w, n, map, t, tile.data(), static_cast<int>(first), past, thread,
-                                                     out);
-      });
-    }
+    all_threads([&](int thread) { sample<In, Out, kChannels, kPixels>(w, n, map, t, tile.data(), thread, out); });
   }
   for (size_t i = words; i < tile.size(); ++i) {
     if (tile[i] != kCanary) return 2;
@@ -43,30 +37,18 @@ int run_images(const Warp& w, const Plan& plan, const int32_t* order, Out* outpu
   return 0;
 }
 
-// The same of small images: steps of a warp.
-template <typename Out, bool kWhole>
-int run_small(const Warp& w, const Plan& plan, const int32_t* order, Out* output) {
-  std::vector<uint32_t> cells(kCellWords + 64, kCanary);
-  const auto all_lanes = [&](auto step) {
-    for (int i = 0; i < kImageThreads; ++i) {
-      if (order[i] < 32) step(order[i]);
-    }
-  };
-  SmallNormalization normalization;
-  for (int c = 0; c < 3; ++c) make_small_normalization(w, c, normalization);
+template <typename In, typename Out>
+int run_direct(const Warp& w, const int32_t* order, Out* output) {
+  const int64_t pixels = w.height * w.width;
   for (int64_t n = 0; n < w.batch; ++n) {
-    const SmallImage image = make_small(w, n);
-    if (image.image < 0) return 1;
-    if (image.rows > 0 && image.columns > 0) {
-      all_lanes([&](int lane) { make_cells<kWhole>(w, image, plan.reads_fours, cells.data(), lane); });
+    const View view = load_view(w, n);
+    if (view.image < 0) return 1;
+    const CentredMap map = centre(load_coefficients(w, n), view, w.height, w.width);
+    for (int i = 0; i < kThreads; ++i) {
+      for (int64_t pixel = order[i]; pixel < pixels; pixel += kThreads) {
+        sample_directly<float, In, Out>(w, n, map, view, pixel, output + n * w.channels * pixels);
+      }
     }
-    all_lanes([&](int lane) { make_sides<kWhole>(w, image, static_cast<uint32_t>(w.fill), cells.data(), lane); });
-    all_lanes([&](int lane) {
-      sample_small<Out, kWhole>(w, n, image, normalization, cells.data(), lane, output + n * 3 * w.height * w.width);
-    });
-  }
-  for (size_t i = kCellWords; i < cells.size(); ++i) {
-    if (cells[i] != kCanary) return 2;
   }
   return 0;
 }
@@ -75,15 +57,11 @@ template <typename In, typename Out>
 int run(const Warp& w, const int32_t* order, void* output, int32_t* variant) {
   const Plan plan = make_plan<In, Out>(w, output);
   Out* out = static_cast<Out*>(output);
-  *variant = !plan.staged ? 0 : !plan.writes_fours ? 1 : w.channels != 3 ? 2 : plan.small ? 4 : 3;
-  if constexpr (std::is_same_v<In, uint8_t>) {
-    if (plan.small && plan.whole) return run_small<Out, true>(w, plan, order, out);
-    if (plan.small) return run_small<Out, false>(w, plan, order, out);
-  }
-  if (*variant == 0) return run_images<In, Out, false, 0, 1>(w, plan, order, out);
-  if (*variant == 1) return run_images<In, Out, true, 0, 1>(w, plan, order, out);
-  if (*variant == 2) return run_images<In, Out, true, 0, 4>(w, plan, order, out);
-  return run_images<In, Out, true, 3, 4>(w, plan, order, out);
+  *variant = !plan.staged ? 0 : !plan.writes_fours ? 1 : w.channels != 3 ? 2 : 3;
+  if (*variant == 0) return run_direct<In, Out>(w, order, out);
+  if (*variant == 1) return run_staged<In, Out, 0, 1>(w, plan, order, out);
+  if (*variant == 2) return run_staged<In, Out, 0, 4>(w, plan, order, out);
+  return run_staged<In, Out, 3, 4>(w, plan, order, out);
 }
 
 }  // namespace
@@ -104,4 +82,4 @@ extern "C" int warp_steps(const void* images, const int64_t* index, const int64_
   return run<float, BFloat16>(w, order, output, variant);
 }
 
-extern "C" int threads_of_a_block() { return kImageThreads; }
+extern "C" int threads_of_a_block() { return kThreads; }
