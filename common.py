@@ -250,6 +250,8 @@ def decode(path, image_size):
     dropped; 16 bits are scaled to 8. Raises what PIL raises, and ValueError for too many pixels and 32-bit ones."""
     from PIL import ExifTags, Image, ImageOps
 
+    if not os.path.isfile(path):  # nor one that waits for ever
+        raise ValueError("no such file")
     with Image.open(path, formats=IMAGE_FORMATS) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
@@ -318,7 +320,7 @@ def load_folder(folder, split, data_dir, image_size, limit=None):
     def state(path):
         with contextlib.suppress(OSError):  # a broken link is named when it is decoded
             found = os.stat(path)
-            return f"{DECODING} {os.path.relpath(path, folder)} {found.st_size} {found.st_mtime_ns}"
+            return f"{DECODING} {os.path.relpath(path, folder)} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
 
     def attempt(path):
         try:
@@ -533,6 +535,7 @@ def run_command(main):
     warnings.filterwarnings("once", category=UserWarning, append=True)  # not once for each line that warns
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -542,11 +545,16 @@ def run_command(main):
         print(f"{Path(sys.argv[0]).name}: error: memory ran out; smaller or fewer images, or smaller batches, need "
               f"less ({str(error)[:200]})", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:  # of the output: whoever read it has gone, or its disk is full
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        if error.errno == errno.EPIPE:
+            sys.exit(128 + signal.SIGPIPE)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; what the last finished epoch wrote is kept", file=sys.stderr)
+        print("interrupted; of a training, what the last finished epoch wrote is kept", file=sys.stderr)
         sys.exit(130)
 
 
@@ -702,26 +710,31 @@ class Run:
 
     def say(self, text):
         if rank() == 0:
-            with tqdm.external_write_mode(), contextlib.suppress(BrokenPipeError):  # whoever read it has gone
+            with tqdm.external_write_mode(), contextlib.suppress(OSError):  # whoever read it has gone; a full disk
                 print(text, flush=True)
 
     def _check_output(self):
         """Before hours of training, not after: the checkpoint can be written, and writing it loses nothing."""
-        if self.output.is_dir():
-            raise UserError(f"--output '{self.output}' is a folder: give the name of a file", exit_code=2)
-        if self.output.suffix == ".safetensors":
-            raise UserError(f"--output '{self.output}': training writes .ckpt; probe.py --export makes .safetensors of "
-                            "it", exit_code=2)
-        for path in (self.output, self.log):
-            if path.exists() and not self.args.resume:
-                raise UserError(f"'{path}' exists already: give another --output, or remove it, or go on from it with "
-                                "--resume", exit_code=2)
         try:
+            if self.output.is_dir() or self.args.output.endswith(os.sep):
+                raise UserError(f"--output '{self.args.output}' is a folder: give the name of a file", exit_code=2)
+            if self.output.suffix.lower() == ".safetensors":
+                raise UserError(f"--output '{self.output}': training writes .ckpt; probe.py --export makes .safetensors "
+                                "of it", exit_code=2)
+            for path in (self.output, self.log):
+                if path.exists() and not self.args.resume:
+                    raise UserError(f"'{path}' exists already: give another --output, or remove it, or go on from it "
+                                    "with --resume", exit_code=2)
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.output.parent):
-                pass
+            with tempfile.NamedTemporaryFile(dir=self.output.parent, prefix=f"{self.output.name}.", suffix=".tmp"):
+                pass  # its name is as long as that of a checkpoint while it is written
+            rows = [json.loads(line) for line in self.log.read_bytes().splitlines()] if self.log.exists() else []
+            if not all("epoch" in row for row in rows):
+                raise ValueError("no epoch")
         except OSError as error:
             raise UserError(f"cannot write '{self.output}' ({error.strerror}): give another --output") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"'{self.log}' is no log of a run: move it away, or give another --output") from error
         return load_checkpoint(self.output, self.method) if self.args.resume and self.output.exists() else None
 
     def _check_settings(self):
@@ -807,7 +820,7 @@ class Run:
             yield
             return
         with writing(self.output):  # another user's lock, say
-            lock = open(f"{self.output}.lock", "ab+", buffering=0)
+            lock = open(f"{self.log}.lock", "ab+", buffering=0)  # outputs a and a.ckpt have one log
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -847,6 +860,9 @@ class Run:
                 raise UserError(f"'{self.output}' was saved within an epoch by an older version: train it again")
             try:
                 optimizer.load_state_dict(checkpoint["optimizer"])  # the learning rate too
+                if any(value.dim() and value.shape != parameter.shape for parameter, state in optimizer.state.items()
+                       for value in state.values() if isinstance(value, torch.Tensor)):
+                    raise ValueError("shapes")
             except Exception as error:
                 raise UserError(f"the optimizer's state in '{self.output}' does not fit: train it again") from error
             if schedule is not None:
@@ -856,8 +872,9 @@ class Run:
             lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
             with writing(self.log):
                 write_atomically(self.log, lambda file: file.write("".join(lines[: self._saved]).encode()))
-            for leftover in self.output.parent.glob(f"{self.output.name}.*.tmp"):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
+            for file in self.output.parent.iterdir():
+                if re.fullmatch(re.escape(self.output.name) + r"\.\d+\.tmp", file.name):  # of a process that was killed
+                    file.unlink(missing_ok=True)
         return self._saved
 
     def batches(self, *samplers, together=1):
@@ -1029,9 +1046,9 @@ def load_checkpoint(path, method=None):
     try:
         checkpoint = load_plain(path)
         config = checkpoint["config"]
-        version, name, _ = checkpoint["format_version"], checkpoint["method"], checkpoint["epoch"] + 0
-        encoder = config["encoder"]
-        whole = (type(encoder) is type(config["dataset"]) is str and 8 <= config["image_size"] <= 1024
+        version, name, encoder = checkpoint["format_version"], checkpoint["method"], config["encoder"]
+        whole = (type(encoder) is type(config["dataset"]) is type(name) is str and 8 <= config["image_size"] <= 1024
+                 and type(config["image_size"]) is type(checkpoint["epoch"]) is int and checkpoint["epoch"] >= 0
                  and all(len(config[name]) == 3 and all(map(math.isfinite, config[name])) for name in ("mean", "std"))
                  and min(config["std"]) > 0 and checkpoint["encoder"].keys() and checkpoint["model"].keys())
     except PermissionError as error:
@@ -1104,9 +1121,15 @@ def load_features(path, images, device="cpu", batch_size=500):
     config, encoder = checkpoint["config"], load_encoder(checkpoint, path).to(device)
     size = config["image_size"]
     if isinstance(images, torch.Tensor):
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+            raise UserError(f"images must be (N, 3, H, W) uint8, not {tuple(images.shape)} {images.dtype}")
         images = resize(images, size)
     else:
-        images = torch.stack([decode(file, size)[0] for file in images])
+        files = [images] if isinstance(images, str | os.PathLike) else list(images)
+        try:
+            images = torch.stack([decode(file, size)[0] for file in files])
+        except Exception as error:
+            raise UserError(f"images must be paths of image files, or a tensor (N, 3, H, W) uint8 ({error})") from error
     scale, shift = (values[:, None, None] for values in normalization(config["mean"], config["std"], device))
     outputs = [encoder(batch.to(device) * scale + shift) for batch in images.split(batch_size)]
     return torch.cat([(output if isinstance(output, torch.Tensor) else output[0]).cpu() for output in outputs])
@@ -1114,4 +1137,6 @@ def load_features(path, images, device="cpu", batch_size=500):
 
 def load_model(model, checkpoint, path):
     """`model` with all that the checkpoint holds, in eval mode. Raises UserError where it does not fit."""
+    if checkpoint["model"] is checkpoint["encoder"]:
+        raise UserError(f"'{path}' holds an encoder alone, and its whole checkpoint is needed here")
     return load_weights(model, checkpoint["model"], path).eval()

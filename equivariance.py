@@ -390,7 +390,8 @@ def probe_equivariance(args, device):
         for name, path, checkpoint, encoder in tqdm(chosen, desc=family, leave=False, disable=None):
             method = checkpoint["method"]
             load = next((load for begin, load in LEARNED_MAPS.items() if method.startswith(begin)), None)
-            learned = load(checkpoint, path) if load else ()
+            exported = checkpoint["model"] is checkpoint["encoder"]  # without the map
+            learned = load(checkpoint, path) if load and not exported else ()
             rows += measured(data, name, method, encoder, checkpoint["config"], *learned)
         if args.rows == "checkpoints":
             continue

@@ -510,7 +510,7 @@ def write_markdown(tables, notes, path, brief=False):
 
 def between_marks(page, text, name="measured"):
     """The page with `text` in place of what stands between the lines <!-- name --> and <!-- /name -->; None without."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if begin not in page or end not in page.split(begin, 1)[1]:
         return None
     before, rest = page.split(begin, 1)
@@ -518,11 +518,27 @@ def between_marks(page, text, name="measured"):
 
 
 def write_page(path, text):
-    """Writes a file; of a page with marks, only what is between them is replaced. Raises UserError."""
+    """Writes text between the marks of a page, or a new page with them. Raises UserError."""
+    page = read_page(path)
+    page = page if page.strip() else "<!-- measured -->\n<!-- /measured -->\n"
+    write_text(path, between_marks(page, text))
+
+
+def read_page(path):
+    """What is there, "" where there is nothing. Raises UserError where tables would replace something else."""
     try:
-        page = Path(path).read_text() if Path(path).is_file() else ""
-        text = between_marks(page, text) or text
-        write_atomically(path, lambda file: file.write(text.encode()))
+        page = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read '{path}' ({error})") from error
+    if page.strip() and between_marks(page, "") is None:
+        raise UserError(f"'{path}' has no lines <!-- measured --> and <!-- /measured -->, between which tables go: add "
+                        "them, or give a new file")
+    return page
+
+
+def write_text(path, text):
+    try:
+        write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
     except OSError as error:
         raise UserError(f"cannot write '{path}' ({error.strerror})") from error
 
@@ -530,7 +546,7 @@ def write_page(path, text):
 def write_json(rows, path, made_with):
     """made_with: what `provenance` returns, and the seconds it took. One row a line."""
     lines = ",\n".join(map(json.dumps, rows))
-    write_page(path, f'{{"made_with": {json.dumps(made_with)},\n"rows": [\n{lines}\n]}}\n')
+    write_text(path, f'{{"made_with": {json.dumps(made_with)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def read_rows(path):
@@ -573,6 +589,8 @@ def run_evaluation(args, evaluate, brief=False):
         if path and (Path(path).suffix != suffix or not os.access(Path(path).resolve().parent, os.W_OK)):
             raise UserError(f"cannot write '{path}': give a file that ends in {suffix}, in a folder that is there and "
                             "can be written to", exit_code=2)
+        if path and Path(path).exists():  # only what a run of this kind wrote may be written over
+            read_rows(path) if suffix == ".json" else read_page(path)
     keep_freed_memory()
     start, device = time.perf_counter(), choose_device(args.device)
     rows, tables, notes = evaluate(args, device)
@@ -608,8 +626,8 @@ def parse_args():
 
 def export(args):
     """Writes the encoder of one checkpoint."""
-    if len(args.checkpoints) > 1 or Path(args.export).suffix != ".safetensors":
-        raise UserError(f"--export '{args.export}' takes one checkpoint, and a file that ends in .safetensors", 2)
+    if len(args.checkpoints) > 1 or Path(args.export).suffix != ".safetensors" or Path(args.export).exists():
+        raise UserError(f"--export '{args.export}' takes one checkpoint, and a new file that ends in .safetensors", 2)
     checkpoint = load_checkpoint(args.checkpoints[0])
     load_encoder(checkpoint, args.checkpoints[0])  # checks its weights
     export_encoder(checkpoint, args.export)
@@ -618,7 +636,7 @@ def export(args):
 
 def main():
     args = parse_args()
-    if args.export:
+    if args.export is not None:
         export(args)
     else:
         run_evaluation(args, probe)

@@ -252,6 +252,20 @@ def test_images_in_a_folder_that_cannot_be_written_to_are_cached_with_the_other_
     assert len(decoded) == 6 and torch.equal(again.images, first.images)
 
 
+def test_files_that_changed_places_are_read_again(tmp_path):
+    """Of one size and one date, as an unpacked archive may have them."""
+    folder = make_folder(tmp_path / "pets", n=2)
+    files = [folder / "train" / "dog" / f"{i}.bmp" for i in range(2)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (8, 8), (200 + i, 0, 0)).save(file)
+        os.utime(file, ns=(1, 1))
+    before = load_images(str(folder), "train", image_size=8)
+    files[0].rename(folder / "aside"), files[1].rename(files[0]), (folder / "aside").rename(files[1])
+    after = load_images(str(folder), "train", image_size=8)
+    reds = [data.images[data.labels == 1][:, 0, 0, 0].tolist() for data in (before, after)]
+    assert reds[0] == [200, 0, 201, 10] and reds[1] == [201, 0, 200, 10]
+
+
 def test_what_is_ignored_is_counted_and_unusual_suffixes_are_read(tmp_path):
     folder = make_folder(tmp_path / "pets", n=1, splits=("train",))
     dog = folder / "train" / "dog"
@@ -507,6 +521,17 @@ def test_features_of_ones_own_images(tmp_path):
         features = common.load_features(tmp_path / "a.ckpt", given, batch_size=5)
         assert features.shape == (12, 512) and not features.requires_grad
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("images, says", [
+    (torch.rand(2, 3, 8, 8), r"uint8, not \(2, 3, 8, 8\) torch.float32"),
+    (np.zeros((2, 3, 8, 8)), "paths of image files"),
+    (torch.zeros(3, 8, 8, dtype=torch.uint8), r"not \(3, 8, 8\)"), ([], "paths of image files"),
+    (["none.png"], "no such file"), ("none.png", "no such file"), (Path("none.png"), "no such file")])
+def test_features_of_what_is_no_image_are_refused(images, says, tmp_path):
+    write_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=says):
+        common.load_features(tmp_path / "a.ckpt", images)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")

@@ -158,7 +158,7 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(name
 def test_one_run_at_a_time_writes_an_output_and_a_killed_one_stands_in_no_ones_way(whole, forks):
     folder, _ = whole
     command = [wrapper(folder), *SCRIPTS["avt"], "--output", "locked.ckpt", "--resume"]
-    first, lock = forks.start(*command, "--epochs", "1000", cwd=folder), folder / "locked.ckpt.lock"
+    first, lock = forks.start(*command, "--epochs", "1000", cwd=folder), folder / "locked.jsonl.lock"
     until = time.monotonic() + 60
     while not (lock.exists() and lock.read_text()) and time.monotonic() < until:
         time.sleep(0.01)
@@ -186,16 +186,16 @@ common.load_images = lambda *rest: (shutil.copy("avt.ckpt", "late.ckpt"), load(*
     result = forks.run(other, *SCRIPTS["avt"], "--output", "late.ckpt", *resume, cwd=folder)
     assert result.returncode and says in result.stderr and "Traceback" not in result.stderr
     assert (folder / "late.ckpt").read_bytes() == (folder / "avt.ckpt").read_bytes()
-    assert not (folder / "late.ckpt.lock").exists()
+    assert not (folder / "late.jsonl.lock").exists()
 
 
 def test_a_lock_that_cannot_be_opened_is_one_sentence(whole, forks):
     folder, _ = whole
-    (folder / "closed.ckpt.lock").mkdir()  # also root, which reads every file, cannot open a folder to write
+    (folder / "closed.jsonl.lock").mkdir()  # also root, which reads every file, cannot open a folder to write
     result = forks.run(wrapper(folder), *SCRIPTS["avt"], "--output", "closed.ckpt", cwd=folder)
-    (folder / "closed.ckpt.lock").rmdir()
+    (folder / "closed.jsonl.lock").rmdir()
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "cannot write 'closed.ckpt'" in result.stderr and "closed.ckpt.lock" in result.stderr
+    assert "cannot write 'closed.ckpt'" in result.stderr and "closed.jsonl.lock" in result.stderr
 
 
 def test_without_a_terminal_for_errors_a_run_ends_as_any_other(whole):

@@ -317,7 +317,11 @@ def test_an_exported_encoder_is_probed_like_its_checkpoint(trained):
         rows[name] = [{**row, "checkpoint": None} for row in read_rows(folder / "exported.json")]
     assert len(rows["ba.ckpt"]) == 2 and rows["ba.safetensors"] == rows["ba.ckpt"]
     refused("probe.py", "ba.ckpt", "pt.ckpt", "--export", "a.safetensors", cwd=folder, code=2, says="one checkpoint")
-    refused("probe.py", "ba.ckpt", "--export", "a.ckpt", cwd=folder, code=2, says="ends in .safetensors")
+    for name in ("a.ckpt", "", "ba.safetensors"):  # the last is there
+        refused("probe.py", "ba.ckpt", "--export", name, cwd=folder, code=2, says="a new file that ends in .safetens")
+    out = run("equivariance.py", "ba.safetensors", "--images", 10, "--per-image", 10, "--pairs", 20, "--rows",
+              "checkpoints", cwd=folder).stdout
+    assert "vte_ba (ba.safetensors)" in out and "its decoder" not in out  # which was not exported
     refused("avt.py", *FEW, "--output", "a.safetensors", cwd=folder, code=2, says="training writes .ckpt")
 
 
@@ -612,6 +616,38 @@ def test_an_existing_checkpoint_is_not_overwritten(trained):
     refused("predictive_transform.py", *FEW, "--output", "lone.ckpt", cwd=folder, code=2, says="'lone.jsonl' exists")
     assert (folder / "pt.jsonl").read_text() == (folder / "lone.jsonl").read_text() == log
     refused("probe.py", "ba.ckpt", "--json", "pt.ckpt", cwd=folder, code=2, says="ends in .json")
+
+
+def test_nothing_else_of_a_users_is_written_over(trained, tmp_path):
+    """A page without marks, another's JSON, another's log; and the temporary files of others stay."""
+    checkpoint = trained[0] / "ba.ckpt"
+    for name, content, says in (("notes.md", b"mine\n", "has no lines <!-- measured -->"),
+                                ("latin.md", b"\xe9\n", "cannot read 'latin.md'"),
+                                ("a.json", b"[1]", "is no file that")):
+        (tmp_path / name).write_bytes(content)
+        flag = "--json" if name.endswith("json") else "--markdown"
+        refused("probe.py", checkpoint, flag, name, cwd=tmp_path, code=1, says=says)
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "a.jsonl").write_text("1\n2\n")
+    refused("avt.py", *FEW, "--resume", "--output", "a.ckpt", cwd=tmp_path, code=1, says="'a.jsonl' is no log of a run")
+    refused("avt.py", *FEW, "--output", "new/", cwd=tmp_path, code=2, says="'new/' is a folder")
+    for length in (245, 252, 300):  # 245 would do, but for the name while it is written
+        refused("avt.py", *FEW, "--output", length * "x", cwd=tmp_path, code=1, says="File name too long")
+    (tmp_path / "b.ckpt.mine.tmp").touch(), (tmp_path / "b.ckpt.7.tmp").touch()
+    run("avt.py", *FEW, "--resume", "--output", "b.ckpt", cwd=tmp_path)
+    assert (tmp_path / "b.ckpt.mine.tmp").exists() and not (tmp_path / "b.ckpt.7.tmp").exists()
+
+
+def test_a_full_disk_behind_the_output_is_one_sentence_and_stops_no_training(trained, tmp_path):
+    """/dev/full takes nothing."""
+    for command in (["avt.py", *FEW, "--limit", "64", "--output", "a.ckpt"],
+                    ["probe.py", trained[0] / "ba.ckpt", "--classifiers", "knn", "--train-sizes", "20"]):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, stdout=full,
+                                    stderr=subprocess.PIPE, text=True, env={**os.environ, **ON_THE_CPU})
+        assert "Traceback" not in result.stderr
+    assert (tmp_path / "a.ckpt").exists()
+    assert result.returncode == 1 and result.stderr == "probe.py: error: [Errno 28] No space left on device\n"
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_path):
