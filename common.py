@@ -719,8 +719,8 @@ class Run:
             if self.output.is_dir() or self.args.output.endswith(os.sep):
                 raise UserError(f"--output '{self.args.output}' is a folder: give the name of a file", exit_code=2)
             if self.output.suffix.lower() == ".safetensors":
-                raise UserError(f"--output '{self.output}': training writes .ckpt; probe.py --export makes .safetensors "
-                                "of it", exit_code=2)
+                raise UserError(f"--output '{self.output}': training writes .ckpt, of which probe.py --export makes "
+                                ".safetensors", exit_code=2)
             for path in (self.output, self.log):
                 if path.exists() and not self.args.resume:
                     raise UserError(f"'{path}' exists already: give another --output, or remove it, or go on from it "
