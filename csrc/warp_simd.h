@@ -12,6 +12,7 @@
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits32 __attribute__((vector_size(4 * kLanes)));  // without a sign: what overflows is defined
 typedef uint16_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int64_t Longs __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
@@ -269,7 +270,8 @@ LOCAL void interpolate(const uint64_t* from, int64_t, const int32_t* at, Floats 
                         unpack<false, Longs>(third01, third23)};
   // Beside 2^8 a float32 has 15 bits behind the point: the last 16 bits of the sum are f = 2^15 fx. The weights of left and
   // right are f - 2^15 and -f, in 16 bits with a sign each.
-  const Ints sum = (Ints)(fx + 256.0f), weights = (sum ^ 0x43808000) - (sum << 16);
+  const Bits32 sum = (Bits32)(fx + 256.0f);
+  const Ints weights = (Ints)((sum ^ 0x43808000u) - (sum << 16));
   for (int c = 0; c < kChannels; ++c) {
     const Floats upper = __builtin_convertvector(add_products((Words)taps[c] & 0xff, weights), Floats);
     const Floats lower = __builtin_convertvector(add_products((Words)taps[c] >> 8, weights), Floats);
@@ -294,13 +296,13 @@ LOCAL void interpolate(const uint32_t* from, int64_t pitch, const int32_t* at, F
 // To the bits of the output's type. uint8: of a number beside 2^23, whose last bits are the rounded value.
 template <typename In, typename Out>
 LOCAL auto converted(Floats value) {
-  const Ints bits = (Ints)value;
+  const Bits32 bits = (Bits32)value;
   if constexpr (std::is_same_v<Out, float>) {
     return value;
   } else if constexpr (std::is_same_v<Out, uint8_t>) {
-    return narrow(bits, uint8_t{});
+    return narrow((Ints)bits, uint8_t{});
   } else {
-    const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Ints rounded = (Ints)(bits + 0x7fffu + ((bits >> 16) & 1u));
     if constexpr (std::is_same_v<In, uint8_t>) return narrow(rounded >> 16, uint16_t{});
     return narrow((value == value ? rounded : 0x7fc00000) >> 16, uint16_t{});
   }
