@@ -67,7 +67,8 @@ def test_any_call_gives_the_references_result(steps, call):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape, variant", [
-    ((3, 32, 32), "fours, three channels"), ((3, 30, 12), "fours, three channels"), ((3, 33, 32), "fours, three channels"), ((3, 96, 96), "fours, three channels"),
+    ((3, 32, 32), "fours, three channels"), ((3, 30, 12), "fours, three channels"),
+    ((3, 33, 32), "fours, three channels"), ((3, 96, 96), "fours, three channels"),
     ((3, 30, 128), "fours, three channels"), ((3, 20, 132), "pixel by pixel"), ((1, 28, 28), "fours"),
     ((4, 16, 20), "fours"), ((3, 33, 31), "pixel by pixel"), ((3, 128, 132), "global memory"),
     ((5, 12, 600), "global memory")])
