@@ -63,10 +63,8 @@ def architectures(home):
 
 
 sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp"]
-# The oldest torch this build runs with, in the stable interface's notation: 2.11, or 2.10 where that is built with
-# (csrc/memory.cpp is of no use then).
-oldest = "0x020a000000000000" if torch.__version__.startswith("2.10.") else "0x020b000000000000"
-flags = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={oldest}", f'-DMINTER_TORCH="{torch.__version__}"']
+# TORCH_TARGET_VERSION: the oldest torch this build runs with, 2.10, in the stable interface's notation.
+flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f'-DMINTER_TORCH="{torch.__version__}"']
 home, why_not = choose_cuda()
 if home is None:
     print(f"minter: building the warp for the CPU only ({why_not})", file=sys.stderr)

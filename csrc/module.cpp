@@ -1,5 +1,6 @@
 // The Python module. It carries no operator, only how it was built; loading it registers what operators.cpp defines.
-#undef TORCH_TARGET_VERSION  // beside which torch 2.10's copy of pybind11 refuses to be included; no torch header is, here
+// Beside it torch 2.10's copy of pybind11 refuses to be included; no torch header is included here.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

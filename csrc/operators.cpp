@@ -1,5 +1,5 @@
 // minter::warp, minter::warp_out and minter::warp_backward: what they accept, and their registration with PyTorch's
-// dispatcher through its stable C++ interface: built with torch 2.10 for that and newer ones, else for 2.11 and newer.
+// dispatcher through its stable C++ interface, for torch 2.10 and newer.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

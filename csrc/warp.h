@@ -88,9 +88,9 @@ WARP_INLINE int64_t offset(const Warp& w, const View& view, int64_t y, int64_t x
   return view.image * w.stride_n + y * w.stride_h + x * w.stride_w;
 }
 
-// Whether a point is inside is decided to the last bit as PIL and the PyTorch reference decide it: each product and each
-// sum rounded, none fused (the compiler is told not to, and CUDA's intrinsics never are), and a division, not a product
-// with the inverse.
+// Whether a point is inside is decided to the last bit as PIL and the PyTorch reference decide it: each product and
+// each sum rounded, none fused (the compiler is told not to, and CUDA's intrinsics never are), and a division, not a
+// product with the inverse.
 WARP_INLINE double product(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(a, b);
@@ -129,15 +129,16 @@ WARP_INLINE int64_t source_column(const Warp& w, const View& view) {
 }
 
 // The largest doubt, in pixels, with which float32 stays within 0.02 grey levels on the CPU, measured. Steeper maps,
-// which magnify its rounding, are computed in float64; of those that the methods draw, none up to 128 pixels a side, one
-// in 500 at 256.
+// which magnify its rounding, are computed in float64; of those that the methods draw, none up to 128 pixels a side,
+// one in 500 at 256.
 constexpr double kMaxDoubt = 5e-4;
 
 // A map for float32, about the centres of image and window: u - centre = (au x + bu y + cu) / (g x + h y + w), v
 // likewise, with x and y counted from the centre of the output. Computed once for an image, in float64. Near the centre
-// float32 is precise, to about a hundred-thousandth of a pixel at 32 x 32. Whether a point is inside is still decided as
-// in float64: a point too close to the border for float32 to tell, and all points of a map that is steep or whose horizon
-// comes near, are to be computed once more, by source_point, as are all of images of more than 256 pixels a side.
+// float32 is precise, to about a hundred-thousandth of a pixel at 32 x 32. Whether a point is inside is still decided
+// as in float64: a point too close to the border for float32 to tell, and all points of a map that is steep or whose
+// horizon comes near, are to be computed once more, by source_point, as are all of images of more than 256 pixels a
+// side.
 struct CentredMap {
   float au, bu, cu, av, bv, cv, g, h, w;
   float half_u, half_v;    // of the window: inside is -half <= u - centre < half
@@ -229,8 +230,8 @@ WARP_INLINE void add(Real* to, Real value) {
 #endif
 }
 
-// The gradients through pixel i of one image, of which `grad` is that of the output: into the images', which may be null,
-// and the sums of the coefficients', where they are wanted.
+// The gradients through pixel i of one image, of which `grad` is that of the output: into the images', which may be
+// null, and the sums of the coefficients', where they are wanted.
 template <typename Real, typename In>
 WARP_INLINE void add_gradients(const Warp& w, const View& view, const Coefficients& k, const Real* grad, int64_t i,
                                Real* grad_images, bool sums_wanted, double (&sums)[8]) {
@@ -269,8 +270,8 @@ enum class Type { uint8, float32, float64, bfloat16 };
 // (shape of the output; images' type) must be zeroed and may be null, as may those of the coefficients (float64).
 void warp_cpu(const Warp&, Type in, Type out, void* output);
 void warp_backward_cpu(const Warp&, Type in, const void* grad, void* grad_images, double* grad_coefficients);
-// The instructions the CPU kernel was compiled for: the one in use, then all that this processor can run. Setting another
-// is for tests and benchmarks; false where the processor lacks it.
+// The instructions the CPU kernel was compiled for: the one in use, then all that this processor can run. Setting
+// another is for tests and benchmarks; false where the processor lacks it.
 std::vector<std::string> cpu_targets();
 bool set_cpu_target(const std::string& name);
 

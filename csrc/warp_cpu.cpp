@@ -1,8 +1,8 @@
 // The warp on the CPU: threads over images, one pass over the output, no temporary but a frame for one image.
 //
-// The forward warp of uint8 and float32 images is in warp_simd.h, compiled for AVX-512, for AVX2 and for every processor;
-// which one runs is decided when the module is loaded. All give the same bits. float64 images, those too large for 32-bit
-// offsets, and gradients go through one pixel after the other.
+// The forward warp of uint8 and float32 images is in warp_simd.h, compiled for AVX-512, for AVX2 and for every
+// processor; which one runs is decided when the module is loaded. All give the same bits. float64 images, those too
+// large for 32-bit offsets, and gradients go through one pixel after the other.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -68,7 +68,8 @@ struct Frame {
   }
 };
 
-// What becomes of a channel's interpolated value: value * scale + offset; and what is written outside, likewise counted.
+// What becomes of a channel's interpolated value: value * scale + offset; and what is written outside, likewise
+// counted.
 struct Channel { float scale, offset, fill; };
 
 // One NaN for all: its first 16 bits are one too, and no addition to its bits overflows.

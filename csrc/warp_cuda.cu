@@ -1,9 +1,9 @@
 // The warp on CUDA: one launch, one block for each image (several for a large one), no synchronisation with the host.
 //
-// A block copies its source image into shared memory once, in words of four bytes where the layout allows, with its crop
-// and flip applied and its border repeated around it, three uint8 channels packed into one word a pixel. Sampling is then
-// four shared loads for a pixel and one coalesced store a channel, of four pixels where the layout allows. Images too
-// large for that, and float64, are read where they lie.
+// A block copies its source image into shared memory once, in words of four bytes where the layout allows, with its
+// crop and flip applied and its border repeated around it, three uint8 channels packed into one word a pixel. Sampling
+// is then four shared loads for a pixel and one coalesced store a channel, of four pixels where the layout allows.
+// Images too large for that, and float64, are read where they lie.
 //
 // What a block does is written as steps, functions of a thread's number, which compile for the host too (warp_host.h).
 #include <torch/headeronly/util/BFloat16.h>
@@ -57,8 +57,9 @@ STEP Tile make_tile(const Warp& w, int64_t n) {
   const View view = load_view(w, n);
   const int pitch = (static_cast<int>(w.width) + 2) | 1, columns = static_cast<int>(view.end - view.left);
   const int first = static_cast<int>(source_column(w, view));
-  return {view.image, static_cast<int>(view.bottom - view.top), columns, pitch, static_cast<int>((w.height + 2) * pitch),
-          view.flip ? first + columns - 1 : first, view.flip ? -1 : 1, static_cast<int>(view.top + view.down)};
+  return {view.image, static_cast<int>(view.bottom - view.top), columns, pitch,
+          static_cast<int>((w.height + 2) * pitch), view.flip ? first + columns - 1 : first, view.flip ? -1 : 1,
+          static_cast<int>(view.top + view.down)};
 }
 
 // kChannels: how many where that is known to the compiler, else 0.
@@ -164,7 +165,7 @@ STEP void repeat_border(const Tile& t, int planes, uint32_t* tile, int thread) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------- where a pixel is read
+// ----------------------------------------------------------------------------------------------- where a pixel is read
 
 // The upper left tap, counted in the window with its border, and the fractions. kUnit: of what is interpolated there;
 // kFrom: what that is counted from.
@@ -236,7 +237,7 @@ STEP Place locate_exactly(const Coefficients& k, const View& view, int row, int 
   return {true, left, top, static_cast<float>(u - left), static_cast<float>(v - top)};
 }
 
-// ---------------------------------------------------------------------------------------------------- what is read there
+// -------------------------------------------------------------------------------------------------- what is read there
 
 STEP int word_of(const Tile& t, const Place& p) { return p.top * t.pitch + p.left; }
 STEP int word_of(const Tile&, const FixedPlace& p) { return p.at; }
@@ -299,8 +300,8 @@ STEP Normalization normalization_of(const Warp& w, int channel) {
   return {scale * AnyPlace::kUnit, from, fmaf(fill_value<Out>(w), scale, shift)};
 }
 
-// kPixels pixels beside each other, whose places are known, to `out`. kChannels: their number, with what normalises them
-// in registers; 0: any.
+// kPixels pixels beside each other, whose places are known, to `out`. kChannels: their number, with what normalises
+// them in registers; 0: any.
 template <typename In, typename Out, int kChannels, int kPixels, typename AnyPlace>
 STEP void write_pixels(const Warp& w, const Tile& t, const uint32_t* tile, const AnyPlace (&places)[kPixels],
                        const Normalization* known, Out* out) {
@@ -326,7 +327,8 @@ STEP void write_pixels(const Warp& w, const Tile& t, const uint32_t* tile, const
   }
 }
 
-// Those of a thread's pixels that float32 cannot place, or all, in float64. Few come here, and the common way stays short.
+// Those of a thread's pixels that float32 cannot place, or all, in float64. Few come here, and the common way stays
+// short.
 template <typename In, typename Out, int kPixels>
 STEP_APART void sample_exactly(const Warp& w, int64_t n, const CentredMap& m, const Tile& t, const uint32_t* tile,
                                int thread, bool all, Out* output) {
@@ -350,8 +352,8 @@ STEP_APART void sample_exactly(const Warp& w, int64_t n, const CentredMap& m, co
 
 // The pixels of one image. Those that float32 cannot place are done once more.
 template <typename In, typename Out, int kChannels, int kPixels>
-STEP void sample(const Warp& w, int64_t n, const CentredMap& shared_map, const Tile& t, const uint32_t* tile, int thread,
-                 Out* output) {
+STEP void sample(const Warp& w, int64_t n, const CentredMap& shared_map, const Tile& t, const uint32_t* tile,
+                 int thread, Out* output) {
   constexpr int kAcross = 32 / kPixels;  // threads beside each other, which do 32 pixels
   constexpr bool kFixed = std::is_same_v<In, uint8_t> && kPixels == 4;
   using AnyPlace = std::conditional_t<kFixed, FixedPlace, Place>;
@@ -477,7 +479,8 @@ template <typename Real, typename In, typename Out>
 __global__ void __launch_bounds__(kThreads)
     direct_kernel(const __grid_constant__ Warp w, int64_t each, Out* __restrict__ output) {
   __shared__ CentredMap map;
-  const int64_t pixels = w.height * w.width, first = blockIdx.y * each, past = first + each < pixels ? first + each : pixels;
+  const int64_t pixels = w.height * w.width, first = blockIdx.y * each;
+  const int64_t past = first + each < pixels ? first + each : pixels;
   for (int64_t n = blockIdx.x; n < w.batch; n += gridDim.x) {
     const View view = load_view(w, n);
     if (threadIdx.x == 0) map = centre(load_coefficients(w, n), view, w.height, w.width);

@@ -1,5 +1,5 @@
-// What warp_cuda.cu uses of a device, for the host: its steps can then be run there, for one thread after the other, and
-// compared with the reference (tests/warp_steps.cpp).
+// What warp_cuda.cu uses of a device, for the host: its steps can then be run there, for one thread after the other,
+// and compared with the reference (tests/warp_steps.cpp).
 #pragma once
 
 #include <bit>

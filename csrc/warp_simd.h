@@ -1,17 +1,18 @@
-// The forward warp of uint8 and float32 images, in vectors of kLanes 32-bit numbers. warp_cpu.cpp includes this file once
-// for each instruction set, into a namespace of its own, with LOCAL as the functions' attributes. All give the same bits:
-// no sum is fused, and what differs are four functions that move or multiply integers.
+// The forward warp of uint8 and float32 images, in vectors of kLanes 32-bit numbers. warp_cpu.cpp includes this file
+// once for each instruction set, into a namespace of its own, with LOCAL as the functions' attributes. All give the
+// same bits: no sum is fused, and what differs are four functions that move or multiply integers.
 //
-// A source image is first copied into a frame: the window, cropped, its border repeated once around it. No tap then needs
-// clamping. A word of the frame is a float, or for uint8 images eight bytes: of each of three channels the pixel and the
-// pixel below. One load of 16 bytes brings all taps of a point for uint8, and those of one row for float32. The loads of
-// four points, transposed, are vectors with a point in each lane.
+// A source image is first copied into a frame: the window, cropped, its border repeated once around it. No tap then
+// needs clamping. A word of the frame is a float, or for uint8 images eight bytes: of each of three channels the pixel
+// and the pixel below. One load of 16 bytes brings all taps of a point for uint8, and those of one row for float32. The
+// loads of four points, transposed, are vectors with a point in each lane.
 //
 // uint8 columns are blended in integers, by a fraction rounded to 2^-15: products and sums are exact. Rows, and float32
 // images, are blended in float32.
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits32 __attribute__((vector_size(4 * kLanes)));  // without a sign: what overflows is defined
 typedef uint16_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int64_t Longs __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
@@ -48,14 +49,14 @@ LOCAL Vector unpack(Vector a, Vector b) {
   return (Vector)unpack<kUpper>((As)a, (As)b, std::make_index_sequence<sizeof(As) / sizeof(As{}[0])>());
 }
 
-// ------------------------------------------------------------------------------------------ where instruction sets differ
+// -------------------------------------------------------------------------------------- where instruction sets differ
 
 typedef uint8_t NarrowBytes __attribute__((vector_size(kLanes)));
 typedef uint16_t NarrowWords __attribute__((vector_size(2 * kLanes)));
 
 // load_points: points 0, 4, 8, ... of `at`, 16 bytes from where each is read. add_products: in each lane the sum of two
-// products of 16-bit numbers, those of b with a sign. narrow: of each lane, which a type of 8 bits without or of 16 bits with a
-// sign can hold.
+// products of 16-bit numbers, those of b with a sign. narrow: of each lane, which a type of 8 bits without or of 16
+// bits with a sign can hold.
 #ifdef MINTER_X86
 template <typename Word>
 LOCAL __m128i load_point(const Word* from, int32_t at) {
@@ -208,12 +209,14 @@ LOCAL void fill_frame(const Warp& w, const View& view, Frame<In>& frame) {
 
 // --------------------------------------------------------------------------------------------------------- the points
 
-// Where the pixels of a block of whole rows are read. The frame is not flipped: column x of a flipped view is column -x - 1
-// there, counted from the last, and the fraction is 1 - fx. Both are exact: a flip changes no bit. False where float32 cannot tell of one whether it is inside.
+// Where the pixels of a block of whole rows are read. The frame is not flipped: column x of a flipped view is column -x
+// - 1 there, counted from the last, and the fraction is 1 - fx. Both are exact: a flip changes no bit. False where
+// float32 cannot tell of one whether it is inside.
 template <bool kFlip>
 LOCAL bool locate(const CentredMap& m, const Warp& w, const float* centres, int64_t pitch, int64_t row, int64_t rows,
                   Block& block) {
-  const float to_column = m.half_u + 0.5f, to_row = m.half_v + 0.5f, first_y = 0.5f - 0.5f * static_cast<float>(w.height);
+  const float to_column = m.half_u + 0.5f, to_row = m.half_v + 0.5f;
+  const float first_y = 0.5f - 0.5f * static_cast<float>(w.height);
   Floats closest = Floats{} + std::numeric_limits<float>::max();
   for (int64_t r = 0; r < rows; ++r) {
     const float y = first_y + static_cast<float>(row + r);
@@ -227,7 +230,8 @@ LOCAL bool locate(const CentredMap& m, const Warp& w, const float* centres, int6
       const Ints inside = (Ints)past >> 31;
       const Floats column = (Floats)((Ints)(u + to_column) & inside), line = (Floats)((Ints)(v + to_row) & inside);
       const Ints left = __builtin_convertvector(column, Ints), top = __builtin_convertvector(line, Ints);
-      const Floats from_left = column - __builtin_convertvector(left, Floats), fx = kFlip ? 1.0f - from_left : from_left;
+      const Floats from_left = column - __builtin_convertvector(left, Floats);
+      const Floats fx = kFlip ? 1.0f - from_left : from_left;
       const int64_t to = r * w.width + i;
       store(block.at + to, top * static_cast<int32_t>(pitch) + (kFlip ? ~left : left));
       store(block.fx + to, inside ? fx : kOutside);
@@ -258,7 +262,8 @@ LOCAL void locate_exactly(const Coefficients& k, const View& view, int64_t pitch
 
 // kLanes pixels of each channel of a plane. uint8: -2^15 times as large.
 template <int kChannels>
-LOCAL void interpolate(const uint64_t* from, int64_t, const int32_t* at, Floats fx, Floats fy, Floats (&values)[kChannels]) {
+LOCAL void interpolate(const uint64_t* from, int64_t, const int32_t* at, Floats fx, Floats fy,
+                       Floats (&values)[kChannels]) {
   Ints p[4];
   for (int j = 0; j < 4; ++j) p[j] = load_points(from, at + j);
   const Ints left01 = unpack<false, Words>(p[0], p[1]), right01 = unpack<true, Words>(p[0], p[1]);
@@ -267,9 +272,10 @@ LOCAL void interpolate(const uint64_t* from, int64_t, const int32_t* at, Floats 
   const Ints two23 = unpack<false, Words>(left23, right23), third23 = unpack<true, Words>(left23, right23);
   const Ints taps[3] = {unpack<false, Longs>(two01, two23), unpack<true, Longs>(two01, two23),
                         unpack<false, Longs>(third01, third23)};
-  // Beside 2^8 a float32 has 15 bits behind the point: the last 16 bits of the sum are f = 2^15 fx. The weights of left and
-  // right are f - 2^15 and -f, in 16 bits with a sign each.
-  const Ints sum = (Ints)(fx + 256.0f), weights = (sum ^ 0x43808000) - (sum << 16);
+  // Beside 2^8 a float32 has 15 bits behind the point: the last 16 bits of the sum are f = 2^15 fx. The weights of left
+  // and right are f - 2^15 and -f, in 16 bits with a sign each.
+  const Bits32 sum = (Bits32)(fx + 256.0f);
+  const Ints weights = (Ints)((sum ^ 0x43808000u) - (sum << 16));
   for (int c = 0; c < kChannels; ++c) {
     const Floats upper = __builtin_convertvector(add_products((Words)taps[c] & 0xff, weights), Floats);
     const Floats lower = __builtin_convertvector(add_products((Words)taps[c] >> 8, weights), Floats);
@@ -294,13 +300,13 @@ LOCAL void interpolate(const uint32_t* from, int64_t pitch, const int32_t* at, F
 // To the bits of the output's type. uint8: of a number beside 2^23, whose last bits are the rounded value.
 template <typename In, typename Out>
 LOCAL auto converted(Floats value) {
-  const Ints bits = (Ints)value;
+  const Bits32 bits = (Bits32)value;
   if constexpr (std::is_same_v<Out, float>) {
     return value;
   } else if constexpr (std::is_same_v<Out, uint8_t>) {
-    return narrow(bits, uint8_t{});
+    return narrow((Ints)bits, uint8_t{});
   } else {
-    const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Ints rounded = (Ints)(bits + 0x7fffu + ((bits >> 16) & 1u));
     if constexpr (std::is_same_v<In, uint8_t>) return narrow(rounded >> 16, uint16_t{});
     return narrow((value == value ? rounded : 0x7fc00000) >> 16, uint16_t{});
   }

@@ -65,8 +65,7 @@ def projective_warp(images, coefficients, fill=128.0, out=None):
     float32. coefficients: (N, 8) floats (a, b, c, d, e, f, g, h), the map from output to input. The output pixel with
     its centre at (x, y) reads the point u = (a x + b y + c) / (g x + h y + 1), v = (d x + e y + f) / (g x + h y + 1).
     All four are in pixels, and pixel centres lie at + 0.5. fill: value outside the image. out: contiguous tensor that
-    the result is written into; None makes a new one. A new one of more than 32 MiB on the CPU lies in memory that is
-    reused, and cannot be resized in place.
+    the result is written into; None makes a new one.
 
     Returns (N, C, H, W) of the type of images, contiguous. Differentiable once with respect to float images and
     coefficients, unless out is given: backwards, and under torch.func.grad, vjp, jacrev and vmap (one call an item).
