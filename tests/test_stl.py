@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stl
-from common import ResNet18, load_images
+from common import ResNet18, defaults_of, load_images
 
 # ------------------------------------------------------------------------------------------------ the script's batches
 
@@ -92,7 +92,8 @@ def test_defaults_are_the_papers_or_its_codes(monkeypatch):
         return stl.parse_args()
 
     plain = args("--dataset", "stl10")
-    assert (plain.encoder, plain.image_size, plain.batch_size, plain.epochs) == ("resnet18", 96, 256, 200)
+    assert (plain.encoder, plain.image_size, plain.batch_size) == ("resnet18", 96, 256)
+    assert plain.epochs is None and defaults_of(plain.recipe, plain.dataset)["epochs"] == 200
     assert (plain.lr, plain.weight_decay, plain.temperature) == (0.03, 5e-4, 0.2)
     assert (plain.inv, plain.equi, plain.trans, plain.preset, plain.batch) == (1, 1, 0.1, "code", "aligned")
     assert args("--dataset", "cifar10").image_size == 32
