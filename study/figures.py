@@ -269,8 +269,9 @@ def draw_decoded(args):
                 axis.plot(*outline[[0, 1, 2, 3, 0]].T, color=colour, linewidth=1.2)
                 axis.plot(*outline[:2].T, color=colour, linewidth=4)
             axis.set_title(f"error {error:.2f}", fontsize=9, pad=2)
-    for axis in axes.flat:
-        axis.set(xlim=(-0.35 * size, 1.35 * size), ylim=(1.35 * size, -0.35 * size), xticks=[], yticks=[])
+    for row, margin in zip(axes, [0, *[0.35 * size] * len(args.checkpoints)], strict=True):
+        for axis in row:
+            axis.set(xlim=(-margin, size + margin), ylim=(size + margin, -margin), xticks=[], yticks=[])
     lines = [plt.Line2D([], [], color=colour, linewidth=2, label=f"{name} outline of t(x) in x, its top thick")
              for name, colour in OUTLINES.items()]
     figure.tight_layout(pad=0.3, h_pad=1.5, rect=(0, 0.5 / figure.get_figheight() / 1.5, 1, 1))
