@@ -1137,6 +1137,6 @@ def load_features(path, images, device="cpu", batch_size=500):
 
 def load_model(model, checkpoint, path):
     """`model` with all that the checkpoint holds, in eval mode. Raises UserError where it does not fit."""
-    if checkpoint["model"] is checkpoint["encoder"]:
+    if checkpoint["model"] is checkpoint.get("encoder"):
         raise UserError(f"'{path}' holds an encoder alone, and its whole checkpoint is needed here")
     return load_weights(model, checkpoint["model"], path).eval()
