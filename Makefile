@@ -61,7 +61,7 @@ sanitize: setup
 
 bench: setup
 	$(PIP) --quiet kornia opencv-python-headless "ipp; platform_machine == 'x86_64' and sys_platform == 'linux'"
-	$(BIN)/python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
+	$(BIN)/python benchmarks/warp.py --output results/warp-cpu.json
 	$(BIN)/python benchmarks/warp.py --threads 1 --sizes 32 --output results/warp-cpu-one-thread.json
 
 TRAINING := $(BIN)/python benchmarks/train.py
@@ -91,7 +91,7 @@ bench-gpu-sanitizers: setup
 	done
 
 bench-gpu-warp: setup
-	$(BIN)/python benchmarks/warp.py --device cuda --output $(INTO)/warp-$(GPU).json --plot $(INTO)/warp-$(GPU).png
+	$(BIN)/python benchmarks/warp.py --device cuda --output $(INTO)/warp-$(GPU).json
 
 bench-gpu-train: setup
 	$(TRAINING) step --device cuda --steps 200 --output $(INTO)/train-$(GPU).json

@@ -334,14 +334,14 @@ def load_folder(folder, split, data_dir, image_size, limit=None):
             cached = load_plain(cache)
             if cached["images"].shape[1:] == (3, image_size, image_size) and cached["images"].dtype == torch.uint8:
                 known.update(zip(cached["states"], zip(cached["images"], cached["longest"], strict=True), strict=True))
-    new = [path for (path, _), state in zip(files, states, strict=True) if state not in known]
+    new = [path for (path, _), seen in zip(files, states, strict=True) if seen not in known]
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without Python's lock
         warnings.simplefilter("ignore")  # PIL's
         progress = tqdm(pool.map(attempt, new), total=len(new), desc=f"decoding {split} images", leave=False,
                         disable=None)
         decoded = dict(zip(new, progress, strict=True))
-    results = [decoded[path] if path in decoded else known[state]
-               for (path, _), state in zip(files, states, strict=True)]
+    results = [decoded[path] if path in decoded else known[seen]
+               for (path, _), seen in zip(files, states, strict=True)]
     whole = [i for i, result in enumerate(results) if not isinstance(result, str)]
     images = torch.stack([results[i][0] for i in whole]) if whole else None
     longest = [results[i][1] for i in whole]
@@ -653,7 +653,7 @@ class Run:
 
     def __init__(self, method, args, pretrained=None, constants=None, split="unlabeled"):
         keep_freed_memory()
-        self.method, self.args, self.constants = method, args, constants or {}
+        self.method, self.args, self.constants = method, args, dict(constants or {})
         self.output, self.log = Path(args.output), Path(args.output.removesuffix(".ckpt") + ".jsonl")
         self.resumed_from = self._check_output()  # a checkpoint, or None
         given = (pretrained or {}).get("config", {})
@@ -728,7 +728,8 @@ class Run:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.output.parent, prefix=f"{self.output.name}.", suffix=".tmp"):
                 pass  # its name is as long as that of a checkpoint while it is written
-            rows = [json.loads(line) for line in self.log.read_bytes().splitlines()] if self.log.exists() else []
+            lines = self.log.read_bytes().splitlines(keepends=True) if self.log.exists() else []
+            rows = [json.loads(line) for line in lines if line.endswith(b"\n")]  # a full disk leaves a part of the last
             if not all("epoch" in row for row in rows):
                 raise ValueError("no epoch")
         except OSError as error:
@@ -869,9 +870,9 @@ class Run:
                 schedule.last_epoch = self._saved
             self.say(f"going on from '{self.output}', epoch {self._saved}")
         if rank() == 0 and self.args.resume:
-            lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
+            lines = self.log.read_bytes().splitlines(keepends=True) if self.log.exists() else []
             with writing(self.log):
-                write_atomically(self.log, lambda file: file.write("".join(lines[: self._saved]).encode()))
+                write_atomically(self.log, lambda file: file.write(b"".join(lines[: self._saved])))
             for file in self.output.parent.iterdir():
                 if re.fullmatch(re.escape(self.output.name) + r"\.\d+\.tmp", file.name):  # of a process that was killed
                     file.unlink(missing_ok=True)

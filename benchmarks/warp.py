@@ -1,7 +1,7 @@
 """The batched warp against what one would use instead: agreement first, then images a second.
 
-    python benchmarks/warp.py --output results/warp-cpu.json --plot results/warp-cpu.png
-    python benchmarks/warp.py --device cuda --output results/warp-cuda.json --plot results/warp-cuda.png
+    python benchmarks/warp.py --output results/warp-cpu.json
+    python benchmarks/warp.py --device cuda --output results/warp-cuda.json
     python benchmarks/warp.py --threads 1 --sizes 32 --batches 64 1024
 
 warp: images in, a batch of the same type out, in each library's own layout. step: a training step's input from a uint8
@@ -551,40 +551,6 @@ def copy_bandwidth(device):
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def draw(rows, path):
-    """Images/s of each library against N for a warp and a step, and ours in megapixels/s against the size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def chosen(setting, name, **same):
-        return [row for row in rows if (row["setting"], row["library"]) == (setting, name)
-                and all(row[key] == value for key, value in same.items())]
-
-    smallest = min(row["size"] for row in rows)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.7))
-    for axis, setting in zip(axes, ("warp uint8", "step float32"), strict=False):
-        for i, name in enumerate(("ours", *PEERS)):  # what is compiled stands in the figures
-            shown = chosen(setting, name, size=smallest)
-            axis.plot([row["n"] for row in shown], [row["images_per_second"] for row in shown], "o-", markersize=4,
-                      color=f"C{i}", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="images/s",
-                 title=f"{setting}, {smallest} × {smallest}")
-    for setting in SETTINGS:
-        shown = chosen(setting, "ours", n=1024)
-        axes[2].plot([row["size"] for row in shown], [row["images_per_second"] * row["size"]**2 / 1e6 for row in shown],
-                     "o-", markersize=4, label=setting)
-    axes[2].set(ylim=0, xlabel="side in pixels", ylabel="megapixels/s", title="ours, N = 1,024")
-    axes[2].legend(fontsize=8)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="lower center", ncol=len(PEERS) + 1, frameon=False)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write the picture '{path}' ({error})") from error
-
-
 def write(path, record, rows, agreement):
     """JSON with one line for each row."""
     def lines(values):
@@ -609,16 +575,14 @@ def main():
     add("--peers", choices=PEERS, nargs="*", default=list(PEERS), help="whom to compare with")
     add("--check", action="store_true", help="see whether all agree, and time nothing")
     add("--output", help="JSON file for the figures")
-    add("--plot", help="PNG file for the picture")
     args = parser.parse_args()
     if _C is None:
         raise UserError("the compiled warp, which is what is measured here, is not built: `make setup` builds it")
     device = choose_device(args.device)
     if device.type == "cuda" and CUDA_ARCHITECTURES is None:
         raise UserError("the compiled warp is built without CUDA, so there is nothing to time on the GPU")
-    for path in filter(None, (args.output, args.plot)):
-        if not Path(path).resolve().parent.is_dir():
-            raise UserError(f"cannot write '{path}': there is no such folder", exit_code=2)
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise UserError(f"cannot write '{args.output}': there is no such folder", exit_code=2)
     if min(args.sizes) < 8:
         raise UserError("--sizes have to be 8 or more", exit_code=2)
     batches = args.batches or ([1024, 65536, 1048576] if device.type == "cuda" else [64, 1024, 16384])
@@ -655,8 +619,6 @@ def main():
         rows += time_backward(size, max(1, BACKWARD_PIXELS[device.type] // size**2), args.repeats, device)
     if args.output:
         write(args.output, record, rows, agreement)
-    if args.plot:
-        draw([row for row in rows if not row["setting"].startswith("backward")], args.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Pictures of the data and of training runs, as PNG.
 
-    python study/figures.py transformations --dataset digits --output transformations.png
     python study/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png
     python study/figures.py codes stl.ckpt --output codes.png
     python study/figures.py decoded pt.ckpt avt.ckpt --output decoded.png
@@ -28,7 +27,6 @@ from common import (
     UserError,
     build_encoder,
     choose_device,
-    image_side,
     load_checkpoint,
     load_encoder,
     load_images,
@@ -59,19 +57,6 @@ def save(figure, path):
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write the picture '{path}' ({error})") from error
-
-
-def draw_transformations(args):
-    """Images above, each under a random projective transformation below (VTE Figure 5)."""
-    images = load_images(args.dataset, "unlabeled", args.data_dir, args.image_size, args.columns).images
-    coefficients = sample_coefficients(len(images), args.image_size, torch.Generator().manual_seed(args.seed))
-    figure, axes = plt.subplots(2, len(images), figsize=(len(images), 2.1), squeeze=False)
-    for row, pictures in zip(axes, (images, projective_warp(images, coefficients)), strict=True):
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture.permute(1, 2, 0).numpy())
-            axis.axis("off")
-    figure.tight_layout(pad=0.2)
-    save(figure, args.output)
 
 
 def read_log(path):
@@ -437,11 +422,6 @@ def parse_args():
         add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
         add("--seed", type=seed_int, default=0, help=f"of {of}")
 
-    add = picture("transformations", draw_transformations, "images, and the same transformed")
-    add("--dataset", default="digits", help="digits, cifar10, stl10 or a folder")
-    add("--image-size", type=image_side, default=32, help="side in pixels")
-    add("--columns", type=positive_int, default=10, help="how many images")
-    drawn_from_data(add, "the transformations")
     add = picture("curves", draw_curves, "training curves of one or more logs, side by side")
     add("logs", nargs="+", metavar="LOG", help="the .jsonl beside a checkpoint")
     add = picture("codes", draw_codes, "t-SNE of STL's transformation codes, by kind and by strength")

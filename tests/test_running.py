@@ -189,6 +189,18 @@ common.load_images = lambda *rest: (shutil.copy("avt.ckpt", "late.ckpt"), load(*
     assert not (folder / "late.jsonl.lock").exists()
 
 
+def test_a_part_of_a_line_at_the_end_of_the_log_does_not_stop_a_resumed_run(whole, forks):
+    """What a full disk, or a kill at the wrong moment, leaves."""
+    folder, _ = whole
+    command = [wrapper(folder), *SCRIPTS["ba"], "--output", "part.ckpt"]
+    assert forks.run(*command, "--epochs", "2", cwd=folder).returncode == 0
+    with open(folder / "part.jsonl", "ab") as log:
+        log.write(b'{"epoch": 3, "lo')
+    result = forks.run(*command, "--resume", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder / "ba.ckpt", folder / "part.ckpt")
+
+
 def test_a_lock_that_cannot_be_opened_is_one_sentence(whole, forks):
     folder, _ = whole
     (folder / "closed.jsonl.lock").mkdir()  # also root, which reads every file, cannot open a folder to write
