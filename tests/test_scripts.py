@@ -52,6 +52,7 @@ def in_this_process(script, *flags, cwd):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *map(str, flags)])
+        patch.syspath_prepend(str((ROOT / script).parent))  # as Python does
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
@@ -63,6 +64,7 @@ def refused(script, *flags, cwd, code, says, environment=None):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(message), pytest.raises(SystemExit) as ended:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *map(str, flags)])
+        patch.syspath_prepend(str((ROOT / script).parent))  # as Python does
         for name, value in (environment or {}).items():
             patch.setenv(name, value)
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -662,6 +664,6 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_pat
 def test_pictures(trained):
     folder, _ = trained
     run("study/figures.py", "curves", "pt.jsonl", "ba.jsonl", "--output", "c.png", cwd=folder)
-    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("c.png",))
+    assert (folder / "c.png").read_bytes().startswith(b"\x89PNG")
     refused("study/figures.py", "curves", "none.jsonl", cwd=folder, code=1, says="is no log")
     refused("study/figures.py", "curves", "pt.jsonl", "--output", "no/c.png", cwd=folder, code=1, says="cannot write")
