@@ -789,6 +789,9 @@ class Run:
             self._cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total * self._steps,
                                                               cycle_momentum=False)
         self._trained = getattr(model, "module", model), optimizer, schedule
+        gigabytes = checkpoint_bytes(*self._trained[:2]) / 1e9
+        if gigabytes > 1:
+            self.say(f"a checkpoint will take {gigabytes:.1f} GB; probe.py --export makes some megabytes of it")
         main = threading.current_thread() is threading.main_thread()  # only there signals can be caught
         with self._locked_output():
             finished = self._restore()
@@ -1022,6 +1025,13 @@ def save_checkpoint(path, method, config, model, optimizer, epoch, made_with):
                   "encoder": model.encoder.state_dict(), "model": model.state_dict(),
                   "optimizer": optimizer.state_dict(), "made_with": made_with}
     write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def checkpoint_bytes(model, optimizer):
+    """The size of a checkpoint once the optimizer has its moments: two of each weight, SGD one."""
+    moments = 1 if isinstance(optimizer, torch.optim.SGD) else 2
+    optimized = sum(weights.nbytes for group in optimizer.param_groups for weights in group["params"])
+    return sum(value.nbytes for value in model.state_dict().values()) + moments * optimized
 
 
 def load_plain(path):

@@ -113,7 +113,7 @@ def normalization(mean, std, device="cpu"):
 
 
 @functools.cache
-def reference_errors(size=32, n=2**20):
+def reference_errors(size=32, n=2**19):
     """The transformation's squared error, summed over the 8 targets, for two predictors that have learned little.
 
     constant_predictor gives the mean of all targets. rotation_only knows the rotation, and gives the mean of the

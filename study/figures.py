@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -297,6 +298,21 @@ def draw_ranks(args):
     save(figure, args.output)
 
 
+def drawable(names):
+    """Names of classes as the fonts of this machine can draw them, which it sets: matplotlib's own, and any that has
+    what that lacks. "class 3" stands for a name in a script that no font has."""
+    missing, families = {ord(letter) for letter in "".join(names) if not letter.isspace()}, []
+    others = sorted({(font.name, font.fname) for font in font_manager.fontManager.ttflist})
+    for family, path in [("DejaVu Sans", font_manager.findfont("DejaVu Sans")), *others]:
+        lacks = {letter for letter in missing if not font_manager.get_font(path).get_char_index(letter)}
+        if not families or (lacks < missing and "Last Resort" not in family):  # which has a box for every letter
+            families.append(family)
+            missing = lacks
+    plt.rcParams["font.family"] = families
+    drawn = [f"class {number}" if missing & set(map(ord, name)) else name for number, name in enumerate(names)]
+    return [name.replace("$", r"\$").replace("_", " ") for name in drawn]  # legends leave out _name, $ is TeX
+
+
 def draw_features(args):
     """t-SNE of the features (mu) of held-out images, each under one random projective transformation: coloured by class
     on the left and by rotation on the right."""
@@ -320,7 +336,8 @@ def draw_features(args):
         features, _ = encode(load_encoder(checkpoint, path), images, config["mean"], config["std"],
                              choose_device("cpu"), torch.float32, index=chosen, apply=apply)
         at = TSNE(perplexity=min(30, len(chosen) // 4), init="pca", random_state=args.seed).fit_transform(features)
-        for axis, groups, names in ((left, labels[chosen], classes), (right, turns, ["0°", "90°", "180°", "270°"])):
+        classes, angles = drawable(classes), ["0°", "90°", "180°", "270°"]
+        for axis, groups, names in ((left, labels[chosen], classes), (right, turns, angles)):
             for number, name in enumerate(names):
                 axis.scatter(*at[(groups == number).numpy()].T, s=4, color=plt.cm.tab10(number % 10), label=name)
             axis.set(xticks=[], yticks=[])

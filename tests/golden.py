@@ -20,13 +20,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = "--dataset digits --limit 80 --batch-size 8 --epochs 2 --save-every 2 --device cpu --precision fp32".split()
-SMALL, PT, ALEX = ["--image-size", "8"], ["--pretrained", "pt.ckpt"], ["--pretrained", "pt_alexnet.ckpt"]
+SMALL, PT = ["--image-size", "8"], ["--pretrained", "pt.ckpt"]
+WIDE = ["--limit", "40", "--batch-size", "4"]  # AlexNet needs 32 pixels
+ALEX = ["--pretrained", "pt_alexnet.ckpt", *WIDE]
 RUNS = {
     "pt": ["predictive_transform.py", *SMALL],
-    "pt_alexnet": ["predictive_transform.py", "--encoder", "alexnet"],
+    "pt_alexnet": ["predictive_transform.py", "--encoder", "alexnet", *WIDE],
     "pt_fast": ["predictive_transform.py", *SMALL, "--recipe", "fast"],
     "avt": ["avt.py", *SMALL],
-    "avt_alexnet": ["avt.py", "--encoder", "alexnet"],
+    "avt_alexnet": ["avt.py", "--encoder", "alexnet", *WIDE],
     "vte_ba": ["vte_ba.py", *PT],
     "vte_ba_alexnet": ["vte_ba.py", *ALEX],
     "vte_ba_steerable": ["vte_ba.py", *PT, "--steerable"],

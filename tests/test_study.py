@@ -533,6 +533,20 @@ def test_a_real_study(tmp_path, monkeypatch):
     assert "| predictive transformation | 4 x 64 |" in tables.study_section(results)
 
 
+def test_names_of_classes_are_drawn_in_any_script_or_replaced():
+    import figures
+    from matplotlib import font_manager
+
+    names = ["кошка", "猫", "_hund", "a$b$", "ไทย", "\U0001f9a3"]
+    drawn = figures.drawable(names)
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in figures.plt.rcParams["font.family"]]
+    for number, (name, shown) in enumerate(zip(names, drawn, strict=True)):
+        covered = all(any(font.get_char_index(ord(letter)) for font in fonts) for letter in name)
+        assert covered or shown == f"class {number}"
+    assert drawn[0] == "кошка" and not drawn[2].startswith("_") and drawn[3] == r"a\$b\$"
+    assert "Last Resort" not in "".join(figures.plt.rcParams["font.family"])
+
+
 def test_a_picture_of_errors(tmp_path, monkeypatch):
     import figures
 
