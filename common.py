@@ -57,13 +57,14 @@ class UserError(Exception):
 #
 # An encoder is a module made by `Encoder(image_size, probabilistic)` that takes images (N, 3, S, S), normalised, and
 # returns features (N, 512) float32: a tensor if deterministic; if probabilistic a pair, mu and the log-variance of z.
-# VTE's methods need a probabilistic one. STL takes a deterministic one. A line in `ENCODERS` adds it to every script.
+# VTE's methods need a probabilistic one; with --recipe fast its `logvar` is the layer that ends in the log-variance.
+# STL takes a deterministic one. A line in `ENCODERS` adds it to every script.
 
 
 def gaussian(output):
-    """An encoder's output as (mu, logvar). Raises TypeError for that of a deterministic encoder."""
+    """An encoder's output as (mu, logvar). Raises UserError for that of a deterministic encoder."""
     if isinstance(output, torch.Tensor):
-        raise TypeError("this method samples z and needs an encoder that returns (mu, logvar), not a tensor "
+        raise UserError("this method samples z and needs an encoder that returns (mu, logvar), not a tensor "
                         f"{tuple(output.shape)}")
     return output
 
@@ -493,7 +494,8 @@ def training_parser(description, example, output, lr=None, lr_advice=ADAM_ADVICE
         help="images are resized to this side (default: 32; for stl.py on stl10 96)")
     add("--limit", type=positive_int, metavar="N", help="train on the first N images only, for tries (default: all)")
     add("--encoder", choices=list(ENCODERS),
-        help="both phases of VTE need the same (default: nin; alexnet on stl10; for stl.py resnet18)")
+        help="both phases of VTE need the same (default: nin; alexnet on stl10)" if lr is None else
+        "(default: resnet18)")
     add("--output", default=output, help="checkpoint to write; the log goes beside it, as .jsonl")
     add = parser.add_argument_group("how").add_argument
     if lr is None:
@@ -502,9 +504,9 @@ def training_parser(description, example, output, lr=None, lr_advice=ADAM_ADVICE
     else:
         parser.set_defaults(recipe="paper")
     add("--epochs", type=positive_int,
-        help="10 to 20 show whether it learns (default: 200 as in the paper; fast: 20)")
+        help="10 to 20 show whether it learns (default: 200 as in the paper" + (")" if lr else "; fast: 20)"))
     add("--batch-size", type=positive_int,
-        help="of all processes together (default: 256; 512 on stl10, but for stl.py; fast: 64)")
+        help="of all processes together (default: 256" + (")" if lr else "; 512 on stl10; fast: 64)"))
     add("--lr", type=positive_float, default=lr, help=lr_advice)
     add("--seed", type=seed_int, default=0, help="of weights, order, transformations and noise; vary it for error bars")
     add("--resume", action="store_true", help="go on from --output after its last finished epoch, if it is there")
@@ -607,10 +609,12 @@ def provenance(device):
 
 class MuonAdam(torch.optim.Adam):
     """Adam, but for an encoder's kernels and matrices Muon (Jordan et al. 2024): five Newton-Schulz steps make their
-    momentum nearly orthogonal, so that all directions are learned at one rate."""
+    momentum nearly orthogonal, so that all directions are learned at one rate. Not for those of the log-variance, which
+    an exponential follows: one image's sigma ran away so (results/recipe.json)."""
 
     def __init__(self, encoder, others, lr, muon_lr):
-        kernels = [parameter for parameter in encoder.parameters() if parameter.dim() > 1]
+        logvar = set(encoder.logvar.parameters())
+        kernels = [parameter for parameter in encoder.parameters() if parameter.dim() > 1 and parameter not in logvar]
         chosen = set(kernels)
         rest = [parameter for parameter in others if parameter not in chosen]
         super().__init__([{"params": rest, "lr": lr}, {"params": kernels, "lr": muon_lr}], fused=True)
@@ -752,6 +756,9 @@ class Run:
         together (DistributedDataParallel)."""
         model = model.to(self.device, memory_format=torch.channels_last)
         if self.args.recipe == "fast":
+            if getattr(getattr(model.encoder, "logvar", None), "bias", None) is None:
+                raise UserError("--recipe fast needs an encoder whose log-variance ends in a layer with a bias, called "
+                                f"logvar: {self.args.encoder} has none, name it so or train without", exit_code=2)
             nn.init.constant_(model.encoder.logvar.bias, FAST_LOGVAR)
         if self.resumed_from:
             load_model(model, self.resumed_from, self.output)

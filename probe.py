@@ -347,7 +347,7 @@ def balanced_subset(labels, n, seed):
 def choose_subsets(labels, sizes, seed, dataset):
     """{size: indices} for the sizes that the labels can give, and a note on each that they cannot."""
     subsets = {size: balanced_subset(labels, size, seed) for size in sorted(set(sizes), reverse=True)}
-    notes = [f"{size:,} training images, as many of each class, are not what {dataset} can give: left out"
+    notes = [f"{size:,} labels are left out: {dataset} has not so many in equal shares of its classes"
              for size, subset in subsets.items() if subset is None]
     subsets = {size: subset for size, subset in subsets.items() if subset is not None}
     if not subsets:

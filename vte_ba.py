@@ -20,7 +20,8 @@ Deviations and readings:
 - --steerable, ours: the decoder also sees t, which makes it the Barber-Agakov bound of I(z; z_hat, t) (eq. 3).
 - --mean-target, ours: D predicts phase one's mu. The objective does not bound phase one's sigma. In a dimension that
   the decoder ignores it can diverge; sampled z is then mostly noise.
-Logged: squared_error; explained, the share of z's variance within the batch that D(z_hat) predicts; logvar and z_std.
+Logged: squared_error; explained, the share of z's variance within the batch that D(z_hat) predicts; the mean logvar of
+z_hat; z_std, the standard deviation of z over the batch.
 """
 
 import torch
@@ -68,8 +69,8 @@ class VTEBarberAgakov(nn.Module):
         return self
 
     def forward(self, images, transformed, t):
-        mu, logvar = gaussian(self.phase_one(transformed))
-        z = mu if self.mean_target else reparameterize(mu, logvar)  # (N, 512)
+        z_mu, z_logvar = gaussian(self.phase_one(transformed))
+        z = z_mu if self.mean_target else reparameterize(z_mu, z_logvar)  # (N, 512)
         mu, logvar = gaussian(self.encoder(images))
         z_hat = reparameterize(mu, logvar)  # (N, 512)
         return self.decoder(torch.cat([z_hat, t], 1) if self.steerable else z_hat).float(), z, logvar

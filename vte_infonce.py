@@ -21,7 +21,7 @@ Deviations and readings:
 - f takes 1024 inputs and ends in one output. The paper's table prints 512 for both, and 2048 between with NIN, where
   the authors' code has 512.
 - Frozen, sampling, log-variance and --from-scratch: as in vte_ba.py.
-Logged: bound, in nats, beside its ceiling log N for a full batch; logvar and z_std.
+Logged: bound, in nats, beside its ceiling log N for a full batch; logvar of z_hat and z_std of z, as in vte_ba.py.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """The operator: what it takes, its fake kernels and its gradient. The kernels are in csrc/."""
 
 import warnings
+from pathlib import Path
 
 import torch  # before the compiled part, which is linked to it
 
@@ -9,6 +10,8 @@ from minter_warp.reference import projective_warp_reference, warp_batch_referenc
 try:
     import minter_warp._C as _C  # registers torch.ops.minter.warp
 
+    if Path(_C.__file__).parent != Path(__file__).parent:  # which an editable installation finds for a copied folder
+        raise ImportError(f"{_C.__file__} belongs to another copy of minter_warp")
     why_not_compiled = None
 except ImportError as error:
     _C, why_not_compiled = None, str(error)
@@ -64,8 +67,9 @@ def projective_warp(images, coefficients, fill=128.0, out=None):
     images: (N, C, H, W), uint8 or float32, with any strides. float64 works too; float16 and bfloat16 are computed in
     float32. coefficients: (N, 8) floats (a, b, c, d, e, f, g, h), the map from output to input. The output pixel with
     its centre at (x, y) reads the point u = (a x + b y + c) / (g x + h y + 1), v = (d x + e y + f) / (g x + h y + 1).
-    All four are in pixels, and pixel centres lie at + 0.5. fill: value outside the image. out: contiguous tensor that
-    the result is written into; None makes a new one.
+    All four are in pixels, and pixel centres lie at + 0.5. fill: value outside the image, by default the grey of images
+    in 0..255; those in [0, 1] want 0.5. Nothing is blended with it: the outermost pixels reach to the edge, as PIL's do
+    (OpenCV and kornia blend the last half pixel). out: contiguous tensor that the result is written into, or None.
 
     Returns (N, C, H, W) of the type of images, contiguous. Differentiable once with respect to float images and
     coefficients, unless out is given: backwards, and under torch.func.grad, vjp, jacrev and vmap (one call an item).

@@ -33,6 +33,8 @@ def coefficients_from_matrices(matrices):
     matrices: (N, 3, 3) floats. They map input to output, (x, y, 1) to a multiple of (x', y', 1), in pixels with centres
     at whole numbers. Returns (N, 8) of their type: the map from output to input, with centres at + 0.5.
 
+    The warped images are equal but for the outline: `projective_warp` does not blend it with what is outside.
+
     Raises ValueError for another shape or type, for a matrix without an inverse, and for one whose inverse maps the
     output's corner (0, 0) to infinity: coefficients have 1 there, not 0.
     """
@@ -52,6 +54,7 @@ def coefficients_from_matrices(matrices):
 
 def sample_corners(n, size, generator=None):
     """Where n random projective transformations move the corners of an image, drawn as AVT and VTE draw them.
+    Everything draws from here: training, `reference_errors`, equivariance.py. Another family goes here.
 
     The corners are scaled about the centre by U(0.8, 1.2) and rotated by 0, 90, 180 or 270 degrees. Each is then
     shifted on either axis by an integer in [-4, 4], in pixels of a 32-pixel image: shifts grow with the image. The

@@ -324,11 +324,12 @@ def readme_section(studies):
         theirs = published.get(method, {}).get(5000)
         cells = [measured[name].text() if measured[name] else "–" for name in ("k-NN", "H@1", "moved")]
         lines.append([METHODS[method], cells[0], f"{theirs:.3f}" if theirs else "", *cells[1:]])
-    headings = ["", "k-NN error, 5,000 labels", "the paper's, z sampled, trained in full", "H@1", "moved"]
+    headings = ["", "k-NN error, 5,000 labels", "the paper's: z sampled, trained in full", "H@1", "moved"]
     if all(results["scale"] == "full" for results in used):
-        headings[2] = "the paper's, z sampled"
-    seeds = ", ".join(f"{len(seeds_of(results))} ({results['study']}.json)" for results in used)
-    about = f"{used[0]['title']}; mean ± standard deviation over training seeds: {seeds}. Features are mu, not sampled."
+        headings[2] = "the paper's: z sampled"
+    seeds = ", ".join(f"{'STL and SimCLR' if results['study'].startswith('stl') else 'VTE and AVT'} "
+                      f"{len(seeds_of(results))} ({results['study']}.json)" for results in used)
+    about = f"{used[0]['title']}; features mu, not sampled. Mean ± standard deviation over training seeds: {seeds}."
     return "\n".join([*table(headings, lines), about, ""])
 
 

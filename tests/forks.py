@@ -87,6 +87,7 @@ def serve():
     import sklearn.datasets  # noqa: F401
     import sklearn.linear_model  # noqa: F401
     import sklearn.neighbors  # noqa: F401
+    import torch._dynamo  # noqa: F401  which every optimizer imports, in seconds
     import torch.distributed  # noqa: F401
     import torchvision.transforms.v2  # noqa: F401
 

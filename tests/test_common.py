@@ -94,7 +94,7 @@ def test_a_deterministic_encoder_is_refused_by_every_model_that_samples(model):
     images = torch.randn(2, 3, 8, 8)
     model = model(NIN(8, probabilistic=False))
     inputs = {PredictiveTransform: 1, VTEBarberAgakov: 3}.get(type(model), 2)
-    with pytest.raises(TypeError, match=r"\(mu, logvar\), not a tensor \(2, 512\)"):
+    with pytest.raises(UserError, match=r"\(mu, logvar\), not a tensor \(2, 512\)"):
         model(*[images] * inputs)
 
 

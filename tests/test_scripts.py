@@ -313,7 +313,7 @@ def test_probe_rows(trained):
     pixels = next(r for r in rows if r["method"] == "raw pixels" and r["classifier"] == "knn")
     assert pixels["error_mean"] < 0.25  # five neighbours among a hundred digits
     out = results["probe"].stdout
-    assert "50,000 training images, as many of each class, are not what digits can give" in out
+    assert "50,000 labels are left out: digits has not so many in equal shares of its classes" in out
     for stated in ("K = 5", "Euclidean", "SAG, 100 iterations", "C = 1", "seed 0", "over 2 passes"):
         assert stated in out
 
@@ -400,7 +400,6 @@ def test_a_copied_script_runs_without_the_compiled_part_and_warns_once(script, t
     for name in (script, "common.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "minter_warp", tmp_path / "minter_warp", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    (tmp_path / "minter_warp" / "_C.py").write_text("raise ImportError('not built')")  # nor is an installed one taken
     data, _ = on_a_folder
     command = [sys.executable, script, "--dataset", data / "pets", *OWN, "--output", "deep/er/a.ckpt",
                *(["--pretrained", data / "pt.ckpt"] if script == "vte_ba.py" else [])]
@@ -409,6 +408,7 @@ def test_a_copied_script_runs_without_the_compiled_part_and_warns_once(script, t
     assert result.returncode == 0, result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert f"{script}: warning: the compiled warp is not built, the slower PyTorch reference is used" in result.stderr
+    assert "belongs to another copy" in result.stderr or "No module named" in result.stderr  # what is installed
     assert (tmp_path / "deep" / "er" / "a.ckpt").exists()
 
 
@@ -448,6 +448,28 @@ def test_a_deterministic_encoder_is_one_sentence_in_a_script_that_samples(script
     scratch = ["--from-scratch"] if script.startswith("vte") else []
     refused(script, *scratch, *FEW, "--encoder", "resnet18", cwd=tmp_path, code=2,
             says="--encoder resnet18 does not fit here: resnet18 is deterministic")
+
+
+def test_an_encoder_of_ones_own_that_does_not_keep_the_contract_is_one_sentence(tmp_path, monkeypatch):
+    class Deterministic(Tiny):
+        def __init__(self, image_size, probabilistic):
+            super().__init__(image_size, False)
+
+    class OtherNames(Tiny):
+        def __init__(self, image_size, probabilistic):
+            super().__init__(image_size, False)
+            self.spread = torch.nn.Linear(16, 512)
+
+        def forward(self, images):
+            hidden = self.trunk(images)
+            return self.mu(hidden), self.spread(hidden)
+
+    monkeypatch.setitem(common.ENCODERS, "sure", Deterministic)
+    monkeypatch.setitem(common.ENCODERS, "other", OtherNames)
+    says = "needs an encoder that returns (mu, logvar)"
+    refused("avt.py", *FEW, "--encoder", "sure", cwd=tmp_path, code=1, says=says)
+    refused("avt.py", *FEW, "--encoder", "other", "--recipe", "fast", cwd=tmp_path, code=2, says="called logvar")
+    in_this_process("avt.py", *FEW, "--encoder", "other", "--output", "other.ckpt", cwd=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ output
