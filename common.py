@@ -691,6 +691,7 @@ class Run:
         if not args.batch_size <= len(data.images):
             raise UserError(f"--batch-size {args.batch_size} is larger than the {len(data.images)} training images: "
                             "give a smaller one, or more images", exit_code=2)
+        self.labelled = args.dataset in NAMED or data.labels is not None
         mean, std = (given["mean"], given["std"]) if pretrained else image_statistics(args.dataset, data.images)
         folder = {} if args.dataset in NAMED else {"dataset": str(Path(args.dataset).resolve())}
         self.config = {**vars(args), **folder, "images": len(data.images), "processes": processes, "mean": list(mean),
@@ -976,6 +977,8 @@ class Run:
         for name in same:
             if getattr(self.args, name) != usual[name]:
                 flags += f"--{name.replace('_', '-')}", str(getattr(self.args, name))
+        if script == "probe.py" and not self.labelled:
+            flags += "--dataset", "<a folder with classes>"
         script = os.path.relpath(Path(__file__).resolve().with_name(script))
         self.say(f"wrote {self.output} and {self.log}\nnext: {shlex.join(['python', script, *flags])}")
         if world_size() > 1:

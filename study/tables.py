@@ -31,7 +31,6 @@ METHODS = {  # name: what the tables call it; study.mk has the commands
     "random encoder": "random encoder",
     "raw pixels": "raw pixels",
 }
-BASELINES = ("random encoder", "raw pixels")
 PAPERS = ("avt", "pt", "vte_ba", "vte_infonce1", "vte_infonce2")  # VTE's rows, in its order
 
 

@@ -377,6 +377,7 @@ def test_a_folder_given_relative_is_found_from_elsewhere_and_named_when_it_is_go
     assert load_checkpoint(folder / "pt.ckpt")["config"]["dataset"] == str(folder / "pets")
     out = run("vte_ba.py", "--pretrained", folder / "pt.ckpt", *OWN, cwd=tmp_path).stdout
     assert f"6 images of {folder / 'pets'} of up to 20 pixels" in out
+    assert out.endswith("vte_ba.ckpt --dataset '<a folder with classes>'\n")  # the next command: these have none
     try:
         (folder / "pets").rename(folder / "moved")
         refused("vte_ba.py", *OWN, "--output", "b.ckpt", "--pretrained", folder / "pt.ckpt", cwd=tmp_path, code=2,
