@@ -608,16 +608,11 @@ def provenance(device):
 # ------------------------------------------------------------------------------------------------- a training run
 
 class MuonAdam(torch.optim.Adam):
-    """Adam, but for an encoder's kernels and matrices Muon (Jordan et al. 2024): five Newton-Schulz steps make their
-    momentum nearly orthogonal, so that all directions are learned at one rate. Not for those of the log-variance, which
-    an exponential follows: one image's sigma ran away so (results/recipe.json)."""
+    """Adam, but for kernels and matrices Muon (Jordan et al. 2024): five Newton-Schulz steps make their momentum nearly
+    orthogonal, so that all directions are learned at one rate."""
 
-    def __init__(self, encoder, others, lr, muon_lr):
-        logvar = set(encoder.logvar.parameters())
-        kernels = [parameter for parameter in encoder.parameters() if parameter.dim() > 1 and parameter not in logvar]
-        chosen = set(kernels)
-        rest = [parameter for parameter in others if parameter not in chosen]
-        super().__init__([{"params": rest, "lr": lr}, {"params": kernels, "lr": muon_lr}], fused=True)
+    def __init__(self, kernels, others, lr, muon_lr):
+        super().__init__([{"params": others, "lr": lr}, {"params": kernels, "lr": muon_lr}], fused=True)
 
     @torch.no_grad()
     def step(self):
@@ -775,8 +770,12 @@ class Run:
         """Adam without weight decay at a constant rate, the papers'; see --recipe for the other."""
         model = getattr(model, "module", model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if self.args.recipe == "fast":
-            return MuonAdam(model.encoder, trained, self.args.lr, FAST_KERNELS * self.args.lr)
+        if self.args.recipe == "fast":  # with Muon for the log-variance too, one image's sigma ran away
+            logvar = set(model.encoder.logvar.parameters())
+            kernels = [weights for weights in model.encoder.parameters() if weights.dim() > 1 and weights not in logvar]
+            chosen = set(kernels)
+            others = [weights for weights in trained if weights not in chosen]
+            return MuonAdam(kernels, others, self.args.lr, FAST_KERNELS * self.args.lr)
         return torch.optim.Adam(trained, lr=self.args.lr, fused=True)
 
     def autocast(self):

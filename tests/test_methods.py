@@ -374,14 +374,14 @@ def test_the_fast_recipes_optimizer_is_muon_for_the_encoder_and_adam_for_the_res
         parameter.grad = torch.randn_like(parameter)
     before, gradients = ([value.detach().clone() for value in values] for values in (
         parameters, [parameter.grad for parameter in parameters]))
-    optimizer = MuonAdam(encoder, parameters, lr=1e-3, muon_lr=0.1)
-    optimizer.step()
+    kernels = [number for number, parameter in enumerate(parameters) if parameter.dim() == 4]
+    assert len(kernels) == 2
+    others = [parameter for parameter in parameters if parameter.dim() != 4]
+    MuonAdam([parameters[number] for number in kernels], others, lr=1e-3, muon_lr=0.1).step()
     adam = [torch.nn.Parameter(value) for value in before]
     for parameter, gradient in zip(adam, gradients, strict=True):
         parameter.grad = gradient
     torch.optim.Adam(adam, lr=1e-3, fused=True).step()
-    kernels = [number for number, parameter in enumerate(parameters) if parameter.dim() == 4]
-    assert len(kernels) == 2
     for number, (old, new, gradient) in enumerate(zip(before, parameters, gradients, strict=True)):
         if number not in kernels:
             assert torch.equal(new, adam[number])
@@ -402,7 +402,7 @@ def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped():
     whole, stopped, resumed = (torch.nn.Linear(6, 8, bias=False) for _ in range(3))
     for other in (stopped, resumed):
         other.load_state_dict(whole.state_dict())
-    first, second, third = (MuonAdam(module, [*module.parameters(), torch.nn.Parameter(torch.zeros(1))], 1e-3, 0.1)
+    first, second, third = (MuonAdam([module.weight], [torch.nn.Parameter(torch.zeros(1))], 1e-3, 0.1)
                             for module in (whole, stopped, resumed))
 
     def step(module, optimizer, gradient):

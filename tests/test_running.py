@@ -271,11 +271,13 @@ def parsed(monkeypatch, *flags):
 
 def test_the_fast_recipe_is_one_cycle_over_all_steps_and_begins_with_little_noise(tmp_path, monkeypatch):
     """Beside torch's own schedule; the paper's recipe stays at its rate. An odd image at an epoch's end is no step."""
-    rates, sigmas = [], []
+    rates, sigmas, with_muon = [], [], []
 
     class Watched(predictive_transform.Run):
         def epochs(self, model, optimizer, schedule=None):
             self.optimizer = optimizer
+            names = {weights: name for name, weights in model.named_parameters()}
+            with_muon.extend(names[weights] for group in optimizer.param_groups[1:] for weights in group["params"])
             yield from super().epochs(model, optimizer, schedule)
 
         def step(self, loss, metrics, count):
@@ -296,6 +298,7 @@ def test_the_fast_recipe_is_one_cycle_over_all_steps_and_begins_with_little_nois
         reference.step()
     assert rates == pytest.approx(expected[:5] + expected[6:9]) and max(rates) == pytest.approx(0.01)
     assert sigmas[0] == pytest.approx(math.exp(-4), rel=0.3)
+    assert len(with_muon) == 7 and "encoder.mu.weight" in with_muon and "encoder.logvar.weight" not in with_muon
     rates.clear(), sigmas.clear()
     predictive_transform.train(parsed(monkeypatch, *few, "--epochs", 1, "--output", tmp_path / "paper.ckpt"))
     assert rates == [1e-4] * 4 and sigmas[0] == pytest.approx(1, rel=0.3)
