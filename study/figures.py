@@ -76,15 +76,15 @@ def read_log(path):
 SHOWN = {"explained": "share of z explained", "squared_error": "squared error of t", "bound": "bound, nats",
          "inv": "invariance loss", "loss": "loss"}  # the first of these that a log holds
 BESIDE = {"equi": "equivariance loss", "trans": "transformation loss"}
-BELOW = {"logvar": "mean log-variance", "code_spread": "code spread", "map_variation": "map variation",
-         "hypernetwork_variation": "map variation"}  # as older logs call it
+BELOW = {"z_std": "standard deviation of z", "logvar": "σ of the encoder", "code_spread": "code spread",
+         "map_variation": "map variation", "hypernetwork_variation": "map variation"}  # as older logs call it
 REFERENCES = {"constant_predictor": ("a constant", ":"), "rotation_only": ("the rotation alone", "--"),
               "ceiling": ("ceiling", ":")}
 
 
 def draw_curves(args):
-    """What each log holds against the epoch: the objective with what it is compared with above; below it the mean
-    log-variance, or for STL what tells whether its codes and its hypernetwork are alive."""
+    """What each log holds against the epoch: the objective with what it is compared with above; below it how far z
+    varies and what of it is noise, or for STL what tells whether its codes and its hypernetwork are alive."""
     from tables import METHODS
 
     figure, axes = plt.subplots(2, len(args.logs), figsize=(3.6 * len(args.logs), 4.8), squeeze=False, sharex="col")
@@ -107,10 +107,14 @@ def draw_curves(args):
         above.margins(y=0.25)  # room for the legend
         above.legend(fontsize=8, framealpha=0.6)
         for name in (name for name in BELOW if name in rows[0]):
-            style = "--" if BELOW[name] == "map variation" else "-"
-            below.plot(epochs, [row[name] for row in rows], style, color=colour, marker=".", label=BELOW[name])
+            style = "-" if name in ("z_std", "code_spread") else "--"
+            values = np.array([row[name] for row in rows])
+            below.plot(epochs, np.exp(values / 2) if name == "logvar" else values, style, color=colour, marker=".",
+                       label=BELOW[name])
+        below.margins(y=0.3)
         if below.lines:
-            below.legend(fontsize=8, framealpha=0.6)
+            below.set_ylim(bottom=0)
+            below.legend(fontsize=8, framealpha=0.6, loc="center right")
         below.set_xlabel("epoch")
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
