@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from minter_warp import normalization
+from minter_warp import normalization, sample_coefficients, sample_crops, warp_batch
 
 try:
     import fcntl
@@ -740,7 +740,8 @@ class Run:
 
     def _check_settings(self):
         """A resumed run is the run that was stopped."""
-        given = {"recipe": "paper", **(self.resumed_from["config"] if self.resumed_from else self.config)}
+        earlier = {"recipe": "paper", "phase_one": "trained"}  # before there were others
+        given = {**earlier, **(self.resumed_from or {"config": self.config})["config"]}
         for name, value in self.config.items():
             moved = name == "dataset" and not {value, given.get(name)} & set(NAMED)
             if name not in MAY_CHANGE_ON_RESUME and given.get(name) != value and not moved:
@@ -1110,6 +1111,32 @@ def load_encoder(checkpoint, path, probabilistic=False):
         raise UserError(f"the encoder in '{path}' has no log-variance, which is needed here")
     encoder = build_encoder(config["encoder"], config["image_size"], config.get("probabilistic", True))
     return load_weights(encoder, checkpoint["encoder"], path).eval()
+
+
+def average_batch_norm(encoder):
+    """From now on, in training mode, batch normalisation's running statistics are plain averages over the batches."""
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+
+
+@torch.no_grad()
+def untrained_phase_one(run, images=2048):
+    """Phase two's control: a phase one that was never trained, in eval mode. z is its mu, without noise; its batch
+    normalisation has the statistics of so many training images, transformed."""
+    encoder = build_encoder(run.args.encoder, run.size).to(run.device).train()
+    average_batch_norm(encoder)
+    nn.init.zeros_(encoder.logvar.weight)
+    nn.init.constant_(encoder.logvar.bias, -30.0)
+    generator = torch.Generator(run.device).manual_seed(run.seed_of("phase one"))
+    order = torch.randperm(len(run.images), generator=generator, device=run.device)[:images]
+    for index in order.split(256):
+        if len(index) > 1:  # batch normalisation takes no batch of one image
+            crops = sample_crops(len(index), run.size, generator)
+            coefficients = sample_coefficients(len(index), run.size, generator)
+            encoder(warp_batch(run.images, index, crops, coefficients, run.scale, run.shift))
+    return encoder.eval()
 
 
 def export_encoder(checkpoint, path):

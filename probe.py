@@ -40,6 +40,7 @@ from common import (
     NAMED,
     Parser,
     UserError,
+    average_batch_norm,
     build_encoder,
     choose_device,
     choose_precision,
@@ -136,9 +137,7 @@ def random_encoder(images, config, seed, device, dtype):
     """An untrained encoder whose batch normalisation has the statistics of (up to 2,048) training images."""
     torch.manual_seed(seed)
     encoder = build_encoder(config["encoder"], config["image_size"], config.get("probabilistic", True)).train()
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the running statistics become plain averages over the batches
+    average_batch_norm(encoder)
     n = min(CALIBRATION_IMAGES, len(images))
     n -= n % encode_batch(images.shape[-1]) == 1 and n > 1  # batch normalisation takes no last batch of one image
     encode(encoder, images[:n], config["mean"], config["std"], device, dtype)

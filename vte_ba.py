@@ -18,6 +18,7 @@ Deviations and readings:
 - The decoder never sees t, so at best z_hat predicts the mean of z over transformations (equivariance.py measures it).
 - --from-scratch: both encoders train together without phase one; z collapses to a constant (the paper's section 3.2).
 - --steerable, ours: the decoder also sees t, which makes it the Barber-Agakov bound of I(z; z_hat, t) (eq. 3).
+- --phase-one random, ours: the control. Phase one is an encoder that was never trained, without noise.
 - --mean-target, ours: D predicts phase one's mu. The objective does not bound phase one's sigma. In a dimension that
   the decoder ignores it can diverge; sampled z is then mostly noise.
 Logged: squared_error; explained, the share of z's variance within the batch that D(z_hat) predicts; the mean logvar of
@@ -36,6 +37,7 @@ from common import (
     reparameterize,
     run_command,
     training_parser,
+    untrained_phase_one,
 )
 from minter_warp import sample_coefficients, sample_crops, transformation_target, warp_batch
 
@@ -88,13 +90,15 @@ def vte_ba_loss(prediction, z, logvar):
 
 
 def train(args):
-    checkpoint = None if args.from_scratch else load_checkpoint(args.pretrained, "predictive_transform")
+    checkpoint = None if args.pretrained is None else load_checkpoint(args.pretrained, "predictive_transform")
     variations = ("steerable", "mean_target", "from_scratch")
     name = "_".join(["vte_ba", *(variation for variation in variations if getattr(args, variation))])
-    run = Run(name, args, pretrained=checkpoint)
+    run = Run(name + "_random_phase_one" * (args.phase_one == "random"), args, pretrained=checkpoint)
     encoder = build_encoder(args.encoder, args.image_size)
     if args.from_scratch:
         phase_one = build_encoder(args.encoder, args.image_size)
+    elif args.phase_one == "random":
+        phase_one = untrained_phase_one(run)
     else:
         phase_one = load_encoder(checkpoint, args.pretrained, probabilistic=True)
     deep = args.encoder == "alexnet"
@@ -126,15 +130,20 @@ def parse_args():
     add = parser.add_argument_group("phase two").add_argument
     add("--pretrained", metavar="CKPT",
         help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
+    add("--phase-one", choices=["trained", "random"], default="trained",
+        help="random, a control of ours: an encoder that was never trained, without noise, in place of --pretrained")
     add("--from-scratch", action="store_true", help="the ablation: no phase one, both encoders train and collapse")
     add("--steerable", action="store_true", help="ours: the decoder also sees the transformation")
     add("--mean-target", action="store_true", help="ours: predict phase one's mu, not z; where its sigma ran away")
     args = parser.parse_args()
-    if args.pretrained is None and not args.from_scratch:
+    without = args.from_scratch or args.phase_one == "random"
+    if args.pretrained is None and not without:
         parser.error("--pretrained is needed, the checkpoint of phase one: first run `python predictive_transform.py "
                      f"--dataset {args.dataset or 'cifar10'} --output pt.ckpt`")
-    if args.pretrained and args.from_scratch:
-        parser.error("--from-scratch has no phase one: leave out --pretrained")
+    if args.pretrained and without:
+        parser.error("--from-scratch and --phase-one random have no trained phase one: leave out --pretrained")
+    if args.from_scratch and args.phase_one == "random":
+        parser.error("--from-scratch trains phase one along: leave out --phase-one")
     return args
 
 

@@ -20,7 +20,7 @@ Deviations and readings:
 - The positive pair is in the denominator. Only then is log N - loss a lower bound on I(z_hat; z), at most log N.
 - f takes 1024 inputs and ends in one output. The paper's table prints 512 for both, and 2048 between with NIN, where
   the authors' code has 512.
-- Frozen, sampling, log-variance and --from-scratch: as in vte_ba.py.
+- Frozen, sampling, log-variance, --from-scratch and --phase-one random: as in vte_ba.py.
 Logged: bound, in nats, beside its ceiling log N for a full batch; logvar of z_hat and z_std of z, as in vte_ba.py.
 """
 
@@ -44,6 +44,7 @@ from common import (
     rows_of_this_rank,
     run_command,
     training_parser,
+    untrained_phase_one,
 )
 from minter_warp import sample_coefficients, sample_crops, warp_batch
 
@@ -162,13 +163,15 @@ def vte_infonce_loss(scores, z, logvar):
 
 
 def train(args):
-    checkpoint = None if args.from_scratch else load_checkpoint(args.pretrained, "predictive_transform")
+    checkpoint = None if args.pretrained is None else load_checkpoint(args.pretrained, "predictive_transform")
     name = f"vte_infonce_{args.critic}" + ("_from_scratch" if args.from_scratch else "")
-    run = Run(name, args, pretrained=checkpoint)
+    run = Run(name + "_random_phase_one" * (args.phase_one == "random"), args, pretrained=checkpoint)
     run.constants["ceiling"] = math.log(args.batch_size)  # of the bound
     encoder = build_encoder(args.encoder, args.image_size)
     if args.from_scratch:
         phase_one = build_encoder(args.encoder, args.image_size)
+    elif args.phase_one == "random":
+        phase_one = untrained_phase_one(run)
     else:
         phase_one = load_encoder(checkpoint, args.pretrained, probabilistic=True)
     deep = args.encoder == "alexnet"
@@ -204,13 +207,18 @@ def parse_args():
         help="separated: one product of two heads, fast; concatenated: an MLP on every pair")
     add("--pretrained", metavar="CKPT",
         help="checkpoint of predictive_transform.py; data set, encoder and sizes are taken from it")
+    add("--phase-one", choices=["trained", "random"], default="trained",
+        help="random, a control of ours: an encoder that was never trained, without noise, in place of --pretrained")
     add("--from-scratch", action="store_true", help="the ablation: no phase one, both encoders train together")
     args = parser.parse_args()
-    if args.pretrained is None and not args.from_scratch:
+    without = args.from_scratch or args.phase_one == "random"
+    if args.pretrained is None and not without:
         parser.error("--pretrained is needed, the checkpoint of phase one: first run `python predictive_transform.py "
                      f"--dataset {args.dataset or 'cifar10'} --output pt.ckpt`")
-    if args.pretrained and args.from_scratch:
-        parser.error("--from-scratch has no phase one: leave out --pretrained")
+    if args.pretrained and without:
+        parser.error("--from-scratch and --phase-one random have no trained phase one: leave out --pretrained")
+    if args.from_scratch and args.phase_one == "random":
+        parser.error("--from-scratch trains phase one along: leave out --phase-one")
     return args
 
 

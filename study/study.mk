@@ -14,7 +14,7 @@
 # Several at once: `make -j2 -k`. -k goes on with all that does not follow from a part that failed. Share the cores out:
 # OMP_NUM_THREADS=<cores / jobs>. On a large GPU -j6 suits vte, -j2 suits stl. One make a folder at a time.
 
-# full: the papers' settings, on a GPU. small: on two CPU cores, some 85 minutes. tiny: to see it work, minutes.
+# full: the papers' settings, on a GPU. small: on two CPU cores, some two hours. tiny: to see it work, minutes.
 SCALE ?= full
 # cifar10, stl10, digits (to see it work), or a folder that holds CIFAR-10 as files; DATA_DIR: where the first two go.
 DATA ?= cifar10
@@ -32,17 +32,21 @@ SCRIPT.pt = predictive_transform.py
 SCRIPT.vte_ba = vte_ba.py
 SCRIPT.vte_infonce1 = vte_infonce.py --critic separated
 SCRIPT.vte_infonce2 = vte_infonce.py --critic concatenated
+SCRIPT.random_ba = vte_ba.py --phase-one random
+SCRIPT.random_infonce1 = vte_infonce.py --critic separated --phase-one random
+SCRIPT.random_infonce2 = vte_infonce.py --critic concatenated --phase-one random
 SCRIPT.steerable = vte_ba.py --steerable
 SCRIPT.mean_target = vte_ba.py --mean-target
 SCRIPT.stl = stl.py
 SCRIPT.simclr = stl.py --equi 0 --trans 0 --batch independent
 SCRIPT.augmix = stl.py --augmix
 PHASE_TWO = vte_ba vte_infonce1 vte_infonce2 steerable mean_target
+CONTROLS = random_ba random_infonce1 random_infonce2
 before = $(if $(filter $(PHASE_TWO),$(1)),pt)
-group = $(if $(filter $(PHASE_TWO),$(1)),phase_two,$(if $(filter $(ALL.stl),$(1)),stl,predictors))
+group = $(if $(filter $(PHASE_TWO) $(CONTROLS),$(1)),phase_two,$(if $(filter $(ALL.stl),$(1)),stl,predictors))
 
 # Families: methods and classifiers.
-ALL.vte = avt pt $(PHASE_TWO)
+ALL.vte = avt pt $(PHASE_TWO) $(CONTROLS)
 ALL.stl = stl simclr augmix
 CLASSIFIERS.vte = mlp knn logistic
 CLASSIFIERS.stl = knn linear

@@ -21,6 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from test_common import make_folder, write_checkpoint
 
 import common
+import minter_warp
 import predictive_transform
 import stl
 import vte_infonce
@@ -166,6 +167,39 @@ def test_every_other_method_trains_and_is_probed_in_one_table(trained):
         assert row["ceiling"] == pytest.approx(4.1589, abs=1e-3)  # log 64
         assert row["bound"] == pytest.approx(row["ceiling"] - row["loss"], abs=1e-4)
     assert all(log(name)["z_std"] > 0 for name, _, _ in ROWS) and "squared_error" in log("avt")
+
+
+@pytest.mark.parametrize("script, method", [("vte_ba.py", "vte_ba"), ("vte_infonce.py", "vte_infonce_separated")])
+def test_an_untrained_phase_one_is_frozen_without_noise_and_normalised_on_transformed_images(script, method, tmp_path):
+    flags = [script, *FEW, "--phase-one", "random", "--output", "a.ckpt"]
+    out = run(*flags, cwd=tmp_path).stdout
+    assert "next: " in out and "None" not in out
+    checkpoint = load_checkpoint(tmp_path / "a.ckpt", f"{method}_random_phase_one")
+    weights = {name.removeprefix("phase_one."): value for name, value in checkpoint["model"].items()
+               if name.startswith("phase_one.")}
+    config = checkpoint["config"]
+    torch.manual_seed(config["seed"])
+    common.NIN(8)  # the encoder that learns
+    untrained = common.NIN(8).state_dict()
+    for name, value in untrained.items():  # as it was made
+        if "running" not in name and "num_batches" not in name and not name.startswith("logvar"):
+            assert torch.equal(weights[name], value), name
+    phase_one = common.load_weights(common.NIN(8), weights, "a.ckpt").eval()
+    images = load_images("digits", "train", image_size=8).images[:256]
+    seen = []
+    phase_one.trunk[0][1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    coefficients = minter_warp.sample_coefficients(256, 8, torch.Generator().manual_seed(1))
+    batch = warp_batch(images, torch.arange(256), None, coefficients, *normalization(config["mean"], config["std"]))
+    with torch.no_grad():
+        _, logvar = phase_one(batch)
+    assert seen[0].mean().abs() < 0.05 and seen[0].std() == pytest.approx(1, abs=0.1)
+    assert logvar.max() < -20
+    run(*flags[:-2], "--epochs", 2, "--resume", "--output", "a.ckpt", cwd=tmp_path)
+    again = load_checkpoint(tmp_path / "a.ckpt")["model"]
+    assert all(torch.equal(again[f"phase_one.{name}"], value) for name, value in weights.items())
+    refused(script, *FEW, "--phase-one", "random", "--pretrained", "pt.ckpt", cwd=tmp_path, code=2,
+            says="leave out --pretrained")
+    refused(script, *FEW, "--phase-one", "random", "--from-scratch", cwd=tmp_path, code=2, says="leave out --phase-one")
 
 
 @pytest.fixture(scope="module")

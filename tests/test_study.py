@@ -173,7 +173,8 @@ def test_the_full_scale_is_the_papers():
     found = settings(commands_of(scale="full", methods=None, seeds=None))
     assert {name.partition("/")[0] for name in found} == {"0", "1", "2"}
     given = {flag for command in found.values() for flag in command if flag.startswith("--")}
-    assert given == {"--seed", "--rows", "--critic", "--steerable", "--mean-target", "--classifiers"}  # the defaults
+    variations = {"--critic", "--steerable", "--mean-target", "--phase-one"}
+    assert given == {"--seed", "--rows", "--classifiers", *variations}  # all else is the defaults
     assert [found[f"0/pt labels {name}"][2] for name in ("mlp", "knn", "logistic")] == ["mlp", "knn", "logistic"]
     found = settings(commands_of("DATA=stl10", scale="full", methods=None, family="stl", seeds="4"))
     assert found["4/simclr"] == "stl.py --equi 0 --trans 0 --batch independent --seed 4".split()
