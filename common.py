@@ -57,7 +57,7 @@ class UserError(Exception):
 #
 # An encoder is a module made by `Encoder(image_size, probabilistic)` that takes images (N, 3, S, S), normalised, and
 # returns features (N, 512) float32: a tensor if deterministic; if probabilistic a pair, mu and the log-variance of z.
-# VTE's methods need a probabilistic one; with --recipe fast its `logvar` is the layer that ends in the log-variance.
+# VTE's methods need a probabilistic one; --recipe fast and --phase-one random also `log_variance_head`.
 # STL takes a deterministic one. A line in `ENCODERS` adds it to every script.
 
 
@@ -67,6 +67,15 @@ def gaussian(output):
         raise UserError("this method samples z and needs an encoder that returns (mu, logvar), not a tensor "
                         f"{tuple(output.shape)}")
     return output
+
+
+def log_variance_head(encoder):
+    """The layer that ends in the log-variance: `encoder.logvar`. Raises UserError where there is none."""
+    head = getattr(encoder, "logvar", None)
+    if getattr(head, "bias", None) is None:
+        raise UserError("--recipe fast and --phase-one random need an encoder whose log-variance ends in a layer with "
+                        f"a bias, called logvar: {type(encoder).__name__} has none", exit_code=2)
+    return head
 
 
 def reparameterize(mu, logvar):
@@ -753,10 +762,7 @@ class Run:
         together (DistributedDataParallel)."""
         model = model.to(self.device, memory_format=torch.channels_last)
         if self.args.recipe == "fast":
-            if getattr(getattr(model.encoder, "logvar", None), "bias", None) is None:
-                raise UserError("--recipe fast needs an encoder whose log-variance ends in a layer with a bias, called "
-                                f"logvar: {self.args.encoder} has none, name it so or train without", exit_code=2)
-            nn.init.constant_(model.encoder.logvar.bias, FAST_LOGVAR)
+            nn.init.constant_(log_variance_head(model.encoder).bias, FAST_LOGVAR)
         if self.resumed_from:
             load_model(model, self.resumed_from, self.output)
         if self.args.sync_bn:
@@ -1127,7 +1133,7 @@ def untrained_phase_one(run, images=2048):
     normalisation has the statistics of so many training images, transformed."""
     encoder = build_encoder(run.args.encoder, run.size).to(run.device).train()
     average_batch_norm(encoder)
-    nn.init.zeros_(encoder.logvar.weight)
+    nn.init.zeros_(log_variance_head(encoder).weight)
     nn.init.constant_(encoder.logvar.bias, -30.0)
     generator = torch.Generator(run.device).manual_seed(run.seed_of("phase one"))
     order = torch.randperm(len(run.images), generator=generator, device=run.device)[:images]

@@ -504,6 +504,8 @@ def test_an_encoder_of_ones_own_that_does_not_keep_the_contract_is_one_sentence(
     says = "needs an encoder that returns (mu, logvar)"
     refused("avt.py", *FEW, "--encoder", "sure", cwd=tmp_path, code=1, says=says)
     refused("avt.py", *FEW, "--encoder", "other", "--recipe", "fast", cwd=tmp_path, code=2, says="called logvar")
+    control = ["--phase-one", "random"]
+    refused("vte_ba.py", *FEW, "--encoder", "other", *control, cwd=tmp_path, code=2, says="called logvar")
     in_this_process("avt.py", *FEW, "--encoder", "other", "--output", "other.ckpt", cwd=tmp_path)
 
 
