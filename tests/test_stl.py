@@ -369,7 +369,7 @@ def test_codes_come_to_tell_the_transformation_of_images_never_seen():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
     first = last = None
     for _ in range(150):
-        views, _ = views_of(images, 128, generator)
+        views, _ = views_of(images, 64, generator)
         loss, metrics = stl.stl_loss(model(*views), {"inv": 1.0, "equi": 1.0, "trans": 0.1})
         optimizer.zero_grad()
         loss.backward()
