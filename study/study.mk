@@ -14,7 +14,7 @@
 # Several at once: `make -j2 -k`. -k goes on with all that does not follow from a part that failed. Share the cores out:
 # OMP_NUM_THREADS=<cores / jobs>. On a large GPU -j6 suits vte, -j2 suits stl. One make a folder at a time.
 
-# full: the papers' settings, on a GPU. small: on two CPU cores, some two hours. tiny: to see it work, minutes.
+# full: the papers' settings, on a GPU. small: on two CPU cores, 84 minutes and the CONTROLS. tiny: to see it work.
 SCALE ?= full
 # cifar10, stl10, digits (to see it work), or a folder that holds CIFAR-10 as files; DATA_DIR: where the first two go.
 DATA ?= cifar10
