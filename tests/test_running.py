@@ -536,8 +536,7 @@ def test_on_a_gpu_a_deterministic_run_that_is_killed_ends_with_the_same_bits(who
 
 
 @on_a_gpu
-@pytest.mark.parametrize("flags", [["--data-on", "host"], ["--compile", "inductor"], ["--compile", "cudagraphs"],
-                                   ["--precision", "bf16"]])
+@pytest.mark.parametrize("flags", [["--compile", "inductor"], ["--compile", "cudagraphs"], ["--precision", "bf16"]])
 def test_on_a_gpu_every_way_to_run_gives_the_same_losses(flags, whole, tmp_path):
     command = [ROOT / "avt.py", "--epochs", 2, *FEW, *CUDA]
     run_on_gpu(*command, "--output", "one.ckpt", cwd=tmp_path)
