@@ -687,7 +687,6 @@ class Run:
         if args.sync_bn and self.device.type == "cpu":
             raise UserError("--sync-bn is for GPUs: leave it out", exit_code=2)
         self.dtype = choose_precision(args.precision, self.device)
-        torch.backends.cudnn.benchmark = not args.deterministic  # all batches but the last have one size
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
