@@ -1058,6 +1058,7 @@ def load_plain(path):
 
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
+            weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
             return {**json.loads(file.metadata()["minter"]), "encoder": weights, "model": weights}
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:  # torch does not look at the checksums
@@ -1145,9 +1146,9 @@ def untrained_phase_one(run, images=2048):
     return encoder.eval()
 
 
-def export_encoder(checkpoint, path):
+def export_encoder(checkpoint, path, dtype=torch.float32):
     """Writes the encoder alone, with its settings as metadata, for `load_checkpoint` and for whoever has safetensors.
-    Raises UserError."""
+    dtype: of kernels and matrices; bfloat16 halves the file. Raises UserError."""
     try:
         from safetensors.torch import save
     except ImportError as error:
@@ -1157,7 +1158,8 @@ def export_encoder(checkpoint, path):
     config = {name: value for name, value in checkpoint["config"].items()
               if name not in ("output", "pretrained", "data_dir")}  # folders of this machine are no one else's business
     metadata["config"] = {**config, "dataset": Path(config["dataset"]).name}
-    weights = {name: value.contiguous() for name, value in checkpoint["encoder"].items()}
+    weights = {name: value.to(dtype if value.dim() > 1 else value.dtype).contiguous()
+               for name, value in checkpoint["encoder"].items()}
     content = save(weights, {"minter": json.dumps(metadata)})
     try:
         write_atomically(path, lambda file: file.write(content))

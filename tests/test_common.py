@@ -502,6 +502,10 @@ def test_an_exported_encoder_is_small_and_read_with_and_without_this_code(tmp_pa
     assert checkpoint["config"]["dataset"] == "pets" and checkpoint["config"]["seed"] == 4
     encoder, images = load_encoder(checkpoint, "a.safetensors"), torch.randn(2, 3, 32, 32)
     assert torch.equal(encoder(images)[0], model.encoder(images)[0])
+    common.export_encoder(load_checkpoint(tmp_path / "a.ckpt"), tmp_path / "half.safetensors", torch.bfloat16)
+    for name, value in load_checkpoint(tmp_path / "half.safetensors")["encoder"].items():
+        assert torch.equal(value, model.encoder.state_dict()[name].bfloat16().float() if value.dim() > 1 else
+                           model.encoder.state_dict()[name])
     content = (tmp_path / "a.safetensors").read_bytes()
     for damaged in (content[:1000], content[:-4], b"", b"\xff" * 100):
         (tmp_path / "b.safetensors").write_bytes(damaged)

@@ -529,7 +529,7 @@ common.Run.batches = watched
 def test_on_a_gpu_a_deterministic_run_that_is_killed_ends_with_the_same_bits(whole, tmp_path):
     command = [*SCRIPTS["avt"], *CUDA, "--deterministic"]
     run_on_gpu(ROOT / command[0], *command[1:], "--output", "one.ckpt", cwd=tmp_path)
-    killing = wrapper(tmp_path, "after_steps(17, lambda: os.kill(os.getpid(), signal.SIGKILL))")
+    killing = wrapper(tmp_path, "after_steps(9, lambda: os.kill(os.getpid(), signal.SIGKILL))")
     run_on_gpu(killing, *command, "--output", "two.ckpt", cwd=tmp_path, code=-signal.SIGKILL)
     run_on_gpu(ROOT / command[0], *command[1:], "--output", "two.ckpt", "--resume", cwd=tmp_path)
     assert_same_run(tmp_path / "one.ckpt", tmp_path / "two.ckpt")

@@ -365,6 +365,8 @@ def test_an_exported_encoder_is_probed_like_its_checkpoint(trained):
     refused("probe.py", "ba.ckpt", "pt.ckpt", "--export", "a.safetensors", cwd=folder, code=2, says="one checkpoint")
     for name in ("a.ckpt", "", "ba.safetensors"):  # the last is there
         refused("probe.py", "ba.ckpt", "--export", name, cwd=folder, code=2, says="a new file that ends in .safetens")
+    half = run("probe.py", "ba.ckpt", "--export", "half.safetensors", "--precision", "bf16", cwd=folder).stdout
+    assert "wrote half.safetensors, 1." in half
     out = run("equivariance.py", "ba.safetensors", "--images", 10, "--per-image", 10, "--pairs", 20, "--rows",
               "checkpoints", cwd=folder).stdout
     assert "vte_ba (ba.safetensors)" in out and "its decoder" not in out  # which was not exported
