@@ -97,7 +97,7 @@ bench-gpu-train: setup
 	$(TRAINING) step --device cuda --steps 200 --output $(INTO)/train-$(GPU).json
 	$(TRAINING) compile --device cuda --steps 200 --output $(INTO)/train-compile-$(GPU).json
 
-# The studies (study/study.mk has the rest): stopped and called again, these go on. `make -k -j6 reproduce` on a GPU;
+# The studies (study/study.mk has the rest): stopped and called again, these go on. `make -k -j3 reproduce` on a GPU;
 # `timeout 9m make reproduce SEEDS=0` for nine minutes of one seed. DATA=DIR takes CIFAR-10 as files.
 DATA ?= cifar10
 reproduce: reproduce-cifar10 $(if $(filter cifar10,$(DATA)),reproduce-stl10)

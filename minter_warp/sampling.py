@@ -117,11 +117,12 @@ def normalization(mean, std, device="cpu"):
 
 @functools.cache
 def reference_errors(size=32, n=2**19):
-    """The transformation's squared error, summed over the 8 targets, for two predictors that have learned little.
+    """The transformation's squared error, summed over the 8 targets, for three predictors that have learned little.
 
-    constant_predictor gives the mean of all targets. rotation_only knows the rotation, and gives the mean of the
-    targets that have it. size: side in pixels, or (height, width). n: number of draws, always the same ones. Returns a
-    dict of two floats.
+    constant_predictor gives the mean of all targets. outline_only knows the four corners, but not which of them was the
+    top left one: it gives the mean over the four turns, which are equally likely. rotation_only knows the rotation, and
+    gives the mean of the targets that have it. size: side in pixels, or (height, width). n: number of draws, always the
+    same ones; a quarter of them for outline_only. Returns a dict of three floats.
     """
     quarter_turns, corners = sample_corners(n, size, torch.Generator().manual_seed(0))
     t = transformation_target(coefficients_from_corners(corners, size), size)  # (n, 8) float64
@@ -129,5 +130,7 @@ def reference_errors(size=32, n=2**19):
     def spread(rows):
         return (rows - rows.mean(0)).square().sum().item()
 
-    return {"constant_predictor": spread(t) / n,
+    turned = torch.cat([corners[: n // 4].roll(turns, 1) for turns in range(4)])
+    turned = transformation_target(coefficients_from_corners(turned, size), size).unflatten(0, (4, -1))
+    return {"constant_predictor": spread(t) / n, "outline_only": spread(turned) / (n // 4 * 4),
             "rotation_only": sum(spread(t[quarter_turns == turns]) for turns in range(4)) / n}

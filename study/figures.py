@@ -78,8 +78,8 @@ SHOWN = {"explained": "share of z explained", "squared_error": "squared error of
 BESIDE = {"equi": "equivariance loss", "trans": "transformation loss"}
 BELOW = {"z_std": "standard deviation of z", "logvar": "σ of the encoder", "code_spread": "code spread",
          "map_variation": "map variation", "hypernetwork_variation": "map variation"}  # as older logs call it
-REFERENCES = {"constant_predictor": ("a constant", ":"), "rotation_only": ("the rotation alone", "--"),
-              "ceiling": ("ceiling", ":")}
+REFERENCES = {"constant_predictor": ("a constant", ":"), "outline_only": ("the outline alone", "-."),
+              "rotation_only": ("the rotation alone", "--"), "ceiling": ("ceiling", ":")}
 
 
 def draw_curves(args):

@@ -174,7 +174,7 @@ def test_the_full_scale_is_the_papers():
     assert {name.partition("/")[0] for name in found} == {"0", "1", "2"}
     given = {flag for command in found.values() for flag in command if flag.startswith("--")}
     variations = {"--critic", "--steerable", "--mean-target", "--phase-one"}
-    assert given == {"--seed", "--rows", "--classifiers", *variations}  # all else is the defaults
+    assert given == {"--seed", "--rows", "--classifiers", "--compile", *variations}  # all else is the defaults
     assert [found[f"0/pt labels {name}"][2] for name in ("mlp", "knn", "logistic")] == ["mlp", "knn", "logistic"]
     found = settings(commands_of("DATA=stl10", scale="full", methods=None, family="stl", seeds="4"))
     assert found["4/simclr"] == "stl.py --equi 0 --trans 0 --batch independent --seed 4".split()

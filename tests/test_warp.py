@@ -870,13 +870,33 @@ def test_reference_errors_are_those_of_twenty_million_draws_and_of_the_best_pred
     assert errors["constant_predictor"] == pytest.approx(4.106, rel=0.01)
     assert errors["rotation_only"] == pytest.approx(0.572, rel=0.01)
     for size in (96, (28, 40)):  # a size at which shifts are no whole pixels, and one that is not square
-        assert reference_errors(size) == pytest.approx(errors, rel=1e-9)
+        assert reference_errors(size, 2**16) == pytest.approx(reference_errors(n=2**16), rel=1e-9)
     # By hand, from other draws: the rotation is the quarter that (a, b) of the target point to.
     target = transformation_target(draw(100_000, 32), 32).double()
     turns = (torch.atan2(target[:, 1], target[:, 0]) / (math.pi / 2)).round().long() % 4
     means = torch.stack([target[turns == k].mean(0) for k in range(4)])
     assert (target - target.mean(0)).square().sum(1).mean() == pytest.approx(errors["constant_predictor"], rel=0.02)
     assert (target - means[turns]).square().sum(1).mean() == pytest.approx(errors["rotation_only"], rel=0.02)
+
+
+def test_the_outline_tells_no_more_than_the_mean_over_its_four_turns():
+    """From other draws and by solving the eight equations: corners in the order of their angles, beginning at each."""
+    _, corners = sample_corners(100_000, 32, torch.Generator().manual_seed(5))
+    target = transformation_target(coefficients_from_corners(corners, 32), 32)
+    x, y = (corners - corners.mean(1, keepdim=True)).unbind(-1)
+    clockwise = corners.gather(1, torch.atan2(y, x).argsort(1)[..., None].expand(-1, -1, 2))
+    u, v = torch.tensor([0.0, 32, 32, 0]).double(), torch.tensor([0.0, 0, 32, 32]).double()
+    guesses = []
+    for first in range(4):
+        x, y = clockwise.roll(first, 1).unbind(-1)
+        zero, one = torch.zeros_like(x), torch.ones_like(x)
+        rows = [torch.stack([x, y, one, zero, zero, zero, -u * x, -u * y], -1),
+                torch.stack([zero, zero, zero, x, y, one, -v * x, -v * y], -1)]
+        solved = torch.linalg.solve(torch.cat(rows, 1), torch.cat([u, v]).expand(len(x), 8))
+        guesses.append(transformation_target(solved, 32))
+    error = (target - torch.stack(guesses).mean(0)).square().sum(1).mean()
+    assert error == pytest.approx(reference_errors()["outline_only"], rel=0.02)
+    assert error == pytest.approx(3.75, abs=0.06)  # of a heavy tail: two standard errors
 
 
 def test_the_quarter_turns_are_those_of_the_corners():
