@@ -142,7 +142,8 @@ def test_what_is_unknown_is_refused_before_anything_is_run(study):
 
 def commands_of(*flags, **which):
     """{name of a part: its command} of all parts, from what make would run."""
-    text = subprocess.run(make("-n", "RUNS=/nowhere", *flags, **which), cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = make("-n", "RUNS=/nowhere", *flags, **which)
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     found = {}
     for line in text.replace("\\\n", " ").splitlines():
         output = re.search(r"(?:--output|--json) \S+/seed(\d+)/(\S+)\.(?:ckpt|json)", line)
