@@ -49,6 +49,7 @@ from minter_warp import (
 COLOURS = {  # one a method in every picture; Okabe and Ito's, told apart by the colour-blind
     "avt": "#E69F00", "pt": "#0072B2", "vte_ba": "#009E73", "vte_infonce1": "#CC79A7", "vte_infonce2": "#56B4E9",
     "stl": "#D55E00", "simclr": "#000000", "augmix": "#A0522D", "steerable": "#7F9F00", "mean_target": "#5D3A9B",
+    "random_ba": "#66C2A5", "random_infonce1": "#E7B8D3", "random_infonce2": "#A9DBF5",
     "random encoder": "#777777", "raw pixels": "#777777"}
 MARKERS = {"random encoder": "s", "raw pixels": "X"}
 

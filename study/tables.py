@@ -171,8 +171,9 @@ def table(headings, rows):
 
 
 def error_tables(results, errors, seeds):
-    """For each classifier ours, the paper's and the difference, for each number of labels."""
-    compared, published = compared_features(results), published_for(results)
+    """For each classifier ours, the paper's and, of trainings as long as the paper's, the difference, for each number of
+    labels."""
+    compared, published, full = compared_features(results), published_for(results), results["scale"] == "full"
     digits = 4 if results["study"].startswith("stl-") else 3
     for classifier in dict.fromkeys([*published, *(key[2] for key in errors)]):
         known = published.get(classifier, {})
@@ -181,7 +182,7 @@ def error_tables(results, errors, seeds):
             continue
         headings = ["", "features"]
         for size in sizes:
-            headings += [f"{size:,} labels: ours", "paper", "difference"] if known else [f"{size:,} labels"]
+            headings += [f"{size:,} labels: ours", "paper", "difference"][: 2 + full] if known else [f"{size:,} labels"]
         rows = []
         for method, features in in_order([key[:2] for key in errors] + [(method, compared) for method in known]):
             cells = [METHODS[method], KINDS[features]]
@@ -191,6 +192,7 @@ def error_tables(results, errors, seeds):
                 cells.append(ours.text(digits, seeds) if ours else "–")
                 if known:
                     cells.append(f"{theirs:.{digits}f}" if theirs else "")
+                if known and full:
                     cells.append(f"{ours.mean() - theirs:+.{digits}f}" if ours and theirs else "")
             rows.append(cells)
         yield TITLES[classifier], table(headings, rows)
@@ -298,18 +300,18 @@ def study_section(results):
 
 def overview(studies):
     """What README shows of each method on CIFAR-10: {method: {"k-NN": error with 5,000 labels, "H@1": of the ridge map,
-    "moved"}}, each Measured, from features without sampling. The full studies as soon as any of them was made, else the
+    "moved"}}, each Measured, from features without sampling. The full studies as soon as one of them was made, else the
     small ones. Best k-NN error first. Also the studies used."""
-    found, used = {}, []
-    for family in ("cifar10", "stl-cifar10"):
-        made = [studies[name] for name in (family, f"{family}-small") if studies.get(name)]
-        for results in [results for results in made if measurements(results)[0]][:1]:
+    found, used, families = {}, [], ("cifar10", "stl-cifar10")
+    for scale in ("", "-small"):
+        made = [studies[family + scale] for family in families if studies.get(family + scale) and not used]
+        for results in [results for results in made if measurements(results)[0]]:
             used.append(results)
             errors, equivariance = measurements(results)
             for method in METHODS:
                 for features in ("mu", None):
                     error = errors.get((method, features, "knn", 5000))
-                    if error and method not in found and not METHODS[method].startswith("*ours"):
+                    if error and method not in found and method not in ("steerable", "mean_target"):
                         moves = {heading: equivariance.get(("projective", method, "", features, heading))
                                  for heading in ("H@1", "moved")}
                         found[method] = {"k-NN": error, **moves}
@@ -336,16 +338,20 @@ def readme_section(studies):
 
 
 def write_pages(root):
-    """Brings root/RESULTS.md and root/README.md up to date with root/results. Raises UserError."""
+    """Brings root/RESULTS.md and root/README.md up to date with root/results: a section for each study that was made, but
+    for small ones whose full one was made. Raises UserError."""
     try:
         paths = {name: root / "results" / f"{name}.json" for name in STUDIES}
         studies = {name: read_results(path) if path.exists() else None for name, path in paths.items()}
-        sections = {"RESULTS.md": {name: study_section(found) if found else f"Not yet run (`{STUDIES[name]}`)."
-                                   for name, found in studies.items()},
+        shown = {name: found for name, found in studies.items()
+                 if found and not (name.endswith("-small") and studies[name.removesuffix("-small")])}
+        sections = {"RESULTS.md": {name: study_section(found) for name, found in shown.items()},
                     "README.md": {"main table": readme_section(studies)}}
         for name, texts in sections.items():
             page = before = (root / name).read_text()
             for mark, text in texts.items():
+                if mark in STUDIES and f"<!-- {mark} -->" not in page:  # made for the first time
+                    page += f"\n## `{STUDIES[mark]}`: {mark}\n\n<!-- {mark} -->\n<!-- /{mark} -->\n"
                 page = between_marks(page, text, mark)
                 if page is None:
                     raise UserError(f"'{root / name}' lacks the lines <!-- {mark} --> and <!-- /{mark} -->, between "
