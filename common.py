@@ -86,6 +86,8 @@ def reparameterize(mu, logvar):
 class NIN(nn.Module):
     """Network-in-Network (VTE Table 5): images (N, 3, S, S) -> mu, logvar, both (N, 512); deterministic: mu alone."""
 
+    map_layers = 6  # of the trunk: up to its last map of 192 channels, before eight are made of them
+
     def __init__(self, image_size=32, probabilistic=True, features=512):
         super().__init__()
 

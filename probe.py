@@ -10,7 +10,8 @@ Ours are the rows of mu in place of a sampled z, of an untrained encoder of the 
 They make the others readable.
 
 --classifiers linear is STL's protocol (Yu et al., NeurIPS 2024): linear classification by full-batch L-BFGS, its L2
-weight chosen on a fifth of the labels, and a refit on all. --classifiers finetuned trains the encoder too.
+weight chosen on a fifth of the labels, and a refit on all. --classifiers finetuned trains the encoder too, and released
+is the MLP of the code that VTE's authors released.
 
 What the papers do not state is in the constants below, and printed. equivariance.py asks checkpoints another question.
 """
@@ -59,6 +60,7 @@ from common import (
 from minter_warp import normalization, sample_crops, warp_batch
 
 MLP_EPOCHS, MLP_BATCH, MLP_LR = 30, 128, 1e-3  # Adam
+RELEASED_BATCH, RELEASED_LR = 256, 0.05  # Adam too
 NEIGHBOURS = 5  # the paper's
 LOGISTIC_C, LOGISTIC_ITERATIONS = 1.0, 100  # the paper's 100 iterations of SAG; L2 weight 1 / C
 LINEAR_WEIGHTS = np.logspace(5, -6, 45)  # L2 weight beside the mean loss; strongest first, each fit starts at the last
@@ -66,21 +68,24 @@ LINEAR_ITERATIONS, LINEAR_VALIDATION = 100, 0.2
 LINEAR_PIXELS = 10_000_000  # labels x dimensions; raw pixels beyond it are left out: 46 fits would take long
 CALIBRATION_IMAGES, ENCODE_PIXELS = 2048, 500 * 32**2  # pixels of a batch
 CLASSIFIERS = {
-    "mlp": ("MLP", f"2048-2048-classes, Adam {MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, standardised "
-                   "features"),
+    "mlp": ("MLP", f"2048-2048-classes, Adam {MLP_LR:g}, batch {MLP_BATCH}, standardised features"),
     "knn": ("k-NN", f"K = {NEIGHBOURS}, uniform weights, Euclidean distance, unscaled features"),
     "logistic": ("logistic regression", f"SAG, {LOGISTIC_ITERATIONS} iterations, L2 with C = {LOGISTIC_C:g}, "
                                         "standardised features"),
     "linear": ("linear, L2 weight chosen", f"L-BFGS, {LINEAR_ITERATIONS} iterations, unscaled features, L2 weight of "
                f"{len(LINEAR_WEIGHTS)} from {LINEAR_WEIGHTS[-1]:g} to {LINEAR_WEIGHTS[0]:g} chosen on "
                f"{LINEAR_VALIDATION:.0%} of the labels, refit on all"),
-    "finetuned": ("MLP, encoder trained too", "an MLP on mu and the encoder, from where the checkpoint left it, Adam "
-                  f"{MLP_LR:g}, {MLP_EPOCHS} epochs, batch {MLP_BATCH}, crops and flips"),
+    "finetuned": ("MLP, encoder trained too", "an MLP on mu and the encoder, from where the checkpoint left it, Adam, "
+                  f"one cycle to {MLP_LR:g}, batch {MLP_BATCH}, crops and flips"),
+    "released": ("MLP of the released code", f"200-200-classes with batch normalisation on mu, Adam {RELEASED_LR:g}, "
+                 f"batch {RELEASED_BATCH}, crops and flips"),
 }
 FEATURES = {
     "sample": ("z sampled", "drawn from N(mu, sigma²)"),
     "mu": ("mu", "the mean of z"),
     "trunk": ("before mu", "what the encoder computes mu from"),
+    "map2": ("map, 2 x 2", "NIN's last map of 192 channels, averaged to 2 x 2"),
+    "map4": ("map, 4 x 4", "the same, averaged to 4 x 4"),
 }
 
 
@@ -182,6 +187,7 @@ class Settings(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # what autocast computes in
     per_class: bool = False  # the error is the mean over classes
+    epochs: int = MLP_EPOCHS  # of the MLPs
 
 
 def standardizer(features):
@@ -203,7 +209,7 @@ def mlp_predictions(representation, index, labels, settings):
     scaled = standardizer(representation.draw("train")[index])
     model, labels = mlp(representation, labels).to(device), labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=MLP_LR, fused=True)
-    for _ in tqdm(range(MLP_EPOCHS), desc=f"MLP, {len(index):,} labels", leave=False, disable=None):
+    for _ in tqdm(range(settings.epochs), desc=f"MLP, {len(index):,} labels", leave=False, disable=None):
         features = scaled(representation.draw("train")[index]).to(device)
         for batch in torch.randperm(len(index)).to(device).split(MLP_BATCH):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -217,34 +223,54 @@ def mlp_predictions(representation, index, labels, settings):
                 for _ in range(settings.passes)]
 
 
-def finetuned_predictions(representation, index, labels, settings):
-    """A copy of the encoder, from where the checkpoint left it, and an MLP on its mu, trained together on the same
-    images, cropped and flipped as in pretraining: what frozen features are compared with."""
+def predictions_on_images(representation, index, labels, settings, head, batch_size, lr, finetuned):
+    """An MLP on mu of the training images, cropped and flipped as in pretraining, and, finetuned, a copy of the encoder
+    from where the checkpoint left it, which then learn together under one cycle of the learning rate."""
     device, dtype = settings.device, settings.dtype
     encoder, config, images, test_images = representation.network
-    head, encoder = mlp(representation, labels).to(device), copy.deepcopy(encoder).to(device)
+    head, encoder = head.to(device), copy.deepcopy(encoder).to(device).requires_grad_(finetuned)
     images, test_images, labels = images[index].to(device), test_images.to(device), labels.to(device)
     size, (scale, shift) = images.shape[-1], normalization(config["mean"], config["std"], device)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=MLP_LR, fused=True)
+    trained = [*head.parameters(), *(encoder.parameters() if finetuned else [])]
+    optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
+    steps = settings.epochs * -(-len(index) // batch_size)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False) if finetuned else None
 
     def logits(batch, training):
-        encoder.train(training)
+        encoder.train(training and finetuned), head.train(training)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = encoder(batch)
             return head(output[0] if isinstance(output, tuple) else output).float()
 
-    for _ in tqdm(range(MLP_EPOCHS), desc=f"with the encoder, {len(index):,} labels", leave=False, disable=None):
+    for _ in tqdm(range(settings.epochs), desc=f"on images, {len(index):,} labels", leave=False, disable=None):
         crops = sample_crops(len(index), size).to(device)
-        for chosen in torch.randperm(len(index)).to(device).split(MLP_BATCH):
+        for chosen in torch.randperm(len(index)).to(device).split(batch_size):
             batch = warp_batch(images, chosen, crops[chosen], None, scale, shift, dtype)
             loss = nn.functional.cross_entropy(logits(batch, len(chosen) > 1), labels[chosen])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            if cycle:
+                cycle.step()
     with torch.no_grad():
         parts = torch.arange(len(test_images), device=device).split(encode_batch(size))
         return [torch.cat([logits(warp_batch(test_images, part, scale=scale, shift=shift, dtype=dtype), False).argmax(1)
                            for part in parts]).cpu().numpy()]
+
+
+def finetuned_predictions(representation, index, labels, settings):
+    """What frozen features are compared with."""
+    return predictions_on_images(representation, index, labels, settings, mlp(representation, labels), MLP_BATCH,
+                                 MLP_LR, finetuned=True)
+
+
+def released_predictions(representation, index, labels, settings):
+    """The classifier of the code that VTE's authors released for CIFAR-10; all labels are learned from."""
+    width, classes = representation.mu["train"].shape[1], int(labels.max()) + 1
+    head = nn.Sequential(nn.Linear(width, 200), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, 200),
+                         nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, classes))
+    return predictions_on_images(representation, index, labels, settings, head, RELEASED_BATCH, RELEASED_LR,
+                                 finetuned=False)
 
 
 def knn_predictions(representation, index, labels, settings):
@@ -290,7 +316,9 @@ def linear_predictions(representation, index, labels, settings):
 
 
 PREDICTIONS = {"mlp": mlp_predictions, "knn": knn_predictions, "logistic": logistic_predictions,
-               "linear": linear_predictions, "finetuned": finetuned_predictions}
+               "linear": linear_predictions, "finetuned": finetuned_predictions,
+               "released": released_predictions}
+MLPS = ("mlp", "finetuned", "released")
 
 
 def error_rate(predicted, labels, per_class):
@@ -385,6 +413,10 @@ def probe(args, device):
         found = [Representation(name, method, kind, *splits, network) for kind in kinds]
         if "trunk" in args.features and hasattr(encoder, "mu"):  # a ResNet's features are its trunk's
             found.append(Representation(name, method, "trunk", *encoded(encoder.trunk)))
+        for kind, side in (("map2", 2), ("map4", 4)):
+            if kind in args.features and hasattr(encoder, "map_layers"):
+                part = nn.Sequential(encoder.trunk[: encoder.map_layers], nn.AdaptiveAvgPool2d(side), nn.Flatten())
+                found.append(Representation(name, method, kind, *encoded(part)))
         return found
 
     representations = []
@@ -401,7 +433,7 @@ def probe(args, device):
     too_many = [size for size in subsets if size * images[0].numel() > LINEAR_PIXELS]
 
     def applies(classifier, representation, size):
-        if classifier == "finetuned":  # one row an encoder
+        if classifier in ("finetuned", "released"):  # one row an encoder
             return representation.network is not None and not representation.sampled
         slow = size in too_many and representation.method == "raw pixels"
         return classifier != "linear" or not (size in too_few or slow)
@@ -413,9 +445,10 @@ def probe(args, device):
                   for size in too_few]
         notes += [f"linear, {size:,} labels: raw pixels left out, whose fits would take long" for size in too_many]
     if not work:
-        why = f"{notes[-1]}; give larger --train-sizes" if notes else "finetuned takes mu, which --features leaves out"
+        mu = "finetuned and released take mu, which --features leaves out"
+        why = f"{notes[-1]}; give larger --train-sizes" if notes else mu
         raise UserError(f"nothing is left to evaluate: {why}", exit_code=2)
-    settings = Settings(args.passes, args.seed, device, dtype, args.mean_per_class)
+    settings = Settings(args.passes, args.seed, device, dtype, args.mean_per_class, args.epochs)
     errors_of_all = run_ahead((errors_of(classifier, representation, subsets[size], labels, test.labels, settings)
                                for classifier, representation, size in work), workers=torch.get_num_threads())
     warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are the protocols'
@@ -432,7 +465,8 @@ def probe(args, device):
              f"{1 - 1 / len(present):.3f}; seed {args.seed}", *explain_features(rows)]
     if any(row["features"] == "sample" for row in rows):
         about.append(f"±: the standard deviation over {args.passes} passes, each with another z")
-    about += [": ".join(CLASSIFIERS[classifier]) for classifier in dict.fromkeys(row["classifier"] for row in rows)]
+    about += [": ".join(CLASSIFIERS[classifier]) + f", {args.epochs} epochs" * (classifier in MLPS)
+              for classifier in dict.fromkeys(row["classifier"] for row in rows)]
     return rows, make_tables(rows), [*about, *notes]
 
 
@@ -605,11 +639,13 @@ def parse_args():
                                "python probe.py pt.ckpt vte_ba.ckpt --train-sizes 5000 500 --json rows.json")
     add = parser.add_argument_group("labels").add_argument
     add("--classifiers", nargs="+", choices=list(CLASSIFIERS),
-        help="linear is STL's, 46 fits; finetuned trains the encoder too (default: VTE's three, mlp knn logistic)")
+        help="linear is STL's, 46 fits; finetuned trains the encoder too; released is the MLP of VTE's code (default: "
+        "VTE's three, mlp knn logistic)")
+    add("--epochs", type=positive_int, default=MLP_EPOCHS, help="of mlp, finetuned and released")
     add("--train-sizes", nargs="+", type=positive_int, metavar="N",
         help="labelled images to train on; fewer is faster (default: 50000 5000 500)")
     add("--features", nargs="+", choices=list(FEATURES),
-        help="of encoders with mu and sigma: z sampled, mu, or what both are computed from (default: sample mu)")
+        help="of encoders with mu and sigma: z sampled, mu, what both are computed from, or maps (default: sample mu)")
     add("--passes", type=positive_int, default=5, help="times z is sampled for the test images")
     add("--mean-per-class", action="store_true", help="error as the mean over classes, for test sets out of balance")
     add("--export", metavar="FILE", help="no evaluation: write the checkpoint's encoder alone, as FILE.safetensors; "

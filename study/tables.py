@@ -171,8 +171,7 @@ def table(headings, rows):
 
 
 def error_tables(results, errors, seeds):
-    """For each classifier ours, the paper's and, of trainings as long as the paper's, the difference, for each number of
-    labels."""
+    """For each classifier and number of labels ours, the paper's and, where trainings are as long, the difference."""
     compared, published, full = compared_features(results), published_for(results), results["scale"] == "full"
     digits = 4 if results["study"].startswith("stl-") else 3
     for classifier in dict.fromkeys([*published, *(key[2] for key in errors)]):
@@ -338,8 +337,8 @@ def readme_section(studies):
 
 
 def write_pages(root):
-    """Brings root/RESULTS.md and root/README.md up to date with root/results: a section for each study that was made, but
-    for small ones whose full one was made. Raises UserError."""
+    """Brings root/RESULTS.md and root/README.md up to date with root/results: a section for each study that was made,
+    but for small ones whose full one was made. Raises UserError."""
     try:
         paths = {name: root / "results" / f"{name}.json" for name in STUDIES}
         studies = {name: read_results(path) if path.exists() else None for name, path in paths.items()}

@@ -16,7 +16,7 @@ from common import NIN, UserError, save_checkpoint
 from predictive_transform import PredictiveTransform
 from probe import Representation, Settings, balanced_subset, choose_subsets, errors_of
 
-SETTINGS = Settings(passes=5, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+SETTINGS = Settings(passes=5, seed=0, device=torch.device("cpu"), dtype=torch.float32, epochs=3)
 
 
 def planted(separation, noise_logvar, n=600, classes=3, dimensions=8, features="sample", seed=0):
@@ -29,13 +29,9 @@ def planted(separation, noise_logvar, n=600, classes=3, dimensions=8, features="
     return Representation("a.ckpt", "planted", features, train, test), labels[:n], labels[n:]
 
 
-def run(classifier, representation, train_labels, test_labels):
-    return errors_of(classifier, representation, torch.arange(len(train_labels)), train_labels, test_labels, SETTINGS)()
-
-
-@pytest.fixture(autouse=True)
-def short_mlp(monkeypatch):
-    monkeypatch.setattr(probe, "MLP_EPOCHS", 3)
+def run(classifier, representation, train_labels, test_labels, **settings):
+    index, settings = torch.arange(len(train_labels)), SETTINGS._replace(**settings)
+    return errors_of(classifier, representation, index, train_labels, test_labels, settings)()
 
 
 @pytest.mark.parametrize("classifier", ["mlp", "knn", "logistic", "linear"])
@@ -284,7 +280,6 @@ def colours(n, seed=0):
 
 
 def test_finetuning_learns_and_leaves_the_encoder_alone(monkeypatch):
-    monkeypatch.setattr(probe, "MLP_EPOCHS", 4)
     monkeypatch.setattr(probe, "MLP_BATCH", 16)
     torch.manual_seed(0)
     (images, labels), (test_images, test_labels) = colours(96), colours(60, seed=1)
@@ -295,10 +290,34 @@ def test_finetuning_learns_and_leaves_the_encoder_alone(monkeypatch):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     network = encoder, config, images, test_images
     representation = Representation("a", "pt", "mu", *([(torch.zeros(n, 512), None) for n in (96, 60)]), network)
-    (error,) = run("finetuned", representation, labels, test_labels)
-    (frozen,) = run("mlp", representation, labels, test_labels)
-    assert error < 0.1 and frozen > 0.6
+    (error,) = run("finetuned", representation, labels, test_labels, epochs=4)
+    for classifier in ("mlp", "released"):
+        (frozen,) = run(classifier, representation, labels, test_labels)
+        assert error < 0.1 and frozen > 0.6
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_the_released_mlp_learns_from_the_encoders_mu_of_cropped_images():
+    """An encoder whose mu is each channel's mean tells the colours apart; its statistics stay as they were."""
+    class Means(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+
+        def forward(self, images):
+            seen.append(images)
+            mu = self.norm(images).mean((2, 3))
+            return mu, torch.full_like(mu, 5.0)  # noise that mu is free of
+
+    seen, (images, labels), (test_images, test_labels) = [], colours(600), colours(60, seed=1)
+    encoder, config = Means().eval(), {"mean": [0.4] * 3, "std": [0.2] * 3}
+    network = encoder, config, images, test_images
+    representation = Representation("a", "pt", "mu", *([(torch.zeros(n, 3), None) for n in (600, 60)]), network)
+    (error,) = run("released", representation, labels, test_labels, epochs=10)
+    assert error < 0.05 and encoder.norm.num_batches_tracked == 0
+    assert [len(batch) for batch in seen] == 10 * [256, 256, 88] + [60]
+    black = -torch.tensor(config["mean"]) / torch.tensor(config["std"])
+    assert (seen[0] == black[:, None, None]).all(1).any()  # crops reach beyond the border
 
 
 # --------------------------------------------------------------------------------------------------------- the command

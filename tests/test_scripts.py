@@ -115,10 +115,10 @@ def test_both_phases_and_the_probe(trained):
     assert {"loss", "explained", "logvar", "epoch"} <= set(row)
 
 
-def test_rows_are_the_same_made_together_or_apart_and_the_trunk_is_what_mu_is_computed_from(trained):
+def test_rows_are_the_same_made_together_or_apart_and_those_before_mu_are_what_they_say(trained):
     folder, _ = trained
     flags = ["--train-sizes", 60, "--classifiers", "knn", "logistic", "--passes", 2, "--precision", "fp32",
-             "--features", "sample", "mu", "trunk"]
+             "--features", "sample", "mu", "trunk", "map2"]
     made = {}
     for rows in ("all", "checkpoints", "baselines"):
         run("probe.py", "ba.ckpt", *flags, "--rows", rows, "--json", f"{rows}.json", cwd=folder)
@@ -127,17 +127,23 @@ def test_rows_are_the_same_made_together_or_apart_and_the_trunk_is_what_mu_is_co
     assert {row["method"] for row in made["baselines"]} == {"random encoder (nin)", "raw pixels"}
     checkpoint = load_checkpoint(folder / "ba.ckpt")
     encoder = load_encoder(checkpoint, "ba.ckpt")
-    features = []
+    features, seen = {"trunk": [], "map2": []}, []
+    encoder.trunk[5].register_forward_hook(lambda layer, inputs, output: seen.append(output))
     for split in ("train", "test"):
         images, labels, *_ = load_images("digits", split, image_size=8)
         chosen = balanced_subset(labels, 60, 0) if split == "train" else torch.arange(len(labels))
         scale, shift = normalization(checkpoint["config"]["mean"], checkpoint["config"]["std"])
         with torch.no_grad():
-            features.append((encoder.trunk(warp_batch(images, chosen, scale=scale, shift=shift)), labels[chosen]))
-    (train, train_labels), (test, test_labels) = features
-    predicted = KNeighborsClassifier(5, algorithm="brute").fit(train.numpy(), train_labels).predict(test.numpy())
-    (row,) = [row for row in made["checkpoints"] if row["features"] == "trunk" and row["classifier"] == "knn"]
-    assert row["error_mean"] == pytest.approx((predicted != test_labels.numpy()).mean(), abs=0.003)  # one tie
+            before_mu = encoder.trunk(warp_batch(images, chosen, scale=scale, shift=shift))
+        features["trunk"].append((before_mu, labels[chosen]))
+        maps = seen.pop()
+        assert maps.shape[1:] == (192, 4, 4)
+        quarters = maps.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean((3, 5))
+        features["map2"].append((quarters.flatten(1), labels[chosen]))
+    for kind, ((train, train_labels), (test, test_labels)) in features.items():
+        predicted = KNeighborsClassifier(5, algorithm="brute").fit(train.numpy(), train_labels).predict(test.numpy())
+        (row,) = [row for row in made["checkpoints"] if row["features"] == kind and row["classifier"] == "knn"]
+        assert row["error_mean"] == pytest.approx((predicted != test_labels.numpy()).mean(), abs=0.003)  # one tie
 
 
 def test_every_other_method_trains_and_is_probed_in_one_table(trained):
