@@ -15,6 +15,7 @@ torch 2.15): squared error .42; k-NN error with 5,000 labels .756 with mu, .763 
 
 Deviations and readings:
 - This is the AVT of VTE's tables: VTE's encoder, heads, optimiser and transformations; the objective alone differs.
+- The decoder: as in predictive_transform.py.
 - AVT of 2019 has a convolutional code, noise of 0.001 sigma, a learned variance of t, SGD, 4,500 epochs, and a
   convolutional classifier (7.75 % error on CIFAR-10). Its code centres transformations half a pixel off.
 Logged: as in predictive_transform.py.

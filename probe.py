@@ -10,8 +10,8 @@ Ours are the rows of mu in place of a sampled z, of an untrained encoder of the 
 They make the others readable.
 
 --classifiers linear is STL's protocol (Yu et al., NeurIPS 2024): linear classification by full-batch L-BFGS, its L2
-weight chosen on a fifth of the labels, and a refit on all. --classifiers finetuned trains the encoder too, and released
-is the MLP of the code that VTE's authors released.
+weight chosen on a fifth of the labels, and a refit on all. finetuned trains the encoder too. released is the MLP of the
+code that VTE's authors released, which for CIFAR-10 reads mu where the paper says z.
 
 What the papers do not state is in the constants below, and printed. equivariance.py asks checkpoints another question.
 """
