@@ -405,7 +405,7 @@ def draw_overview(args):
 
     studies = {name: tables.read_results(path) for name in tables.STUDIES
                if (path := args.pages / "results" / f"{name}.json").exists()}
-    rows, _ = tables.overview(studies)
+    rows, used, labels = tables.overview(studies)
     rows = {method: row for method, row in rows.items() if row["H@1"]}
     if not rows:
         raise UserError(f"'{args.pages / 'results'}' holds no study on CIFAR-10 yet")
@@ -415,14 +415,14 @@ def draw_overview(args):
                   for name in ("k-NN", "H@1")]
         axis.errorbar(row["k-NN"].mean(), row["H@1"].mean(), spread[1], spread[0], color=COLOURS[method], capsize=2,
                       marker=MARKERS.get(method, "o"), markersize=8, linestyle="none",
-                      label=tables.METHODS[method])
+                      label=tables.METHODS[method].replace("*", ""))
     axis.axhline(1 / 60, color="#777777", linestyle=":", linewidth=1)
     axis.annotate("chance", (0, 1 / 60), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
                   fontsize=9, color="#777777")
     axis.set_ylim(0, 0.05 + max(row["H@1"].mean() for row in rows.values()))
-    axis.set(xlabel="k-NN error with 5,000 labels (better to the left)", ylabel="f(t(x)) found first among 60 (H@1)")
-    axis.set_title("Equivariance and labels: CIFAR-10, small scale" if any(
-        name.endswith("small") for name in studies) else "Equivariance and labels: CIFAR-10")
+    axis.set(xlabel=f"k-NN error with {labels:,} labels (better to the left)", ylabel="f(t(x)) found first among 60 (H@1)")
+    small = ", small scale" * any(results["scale"] == "small" for results in used)
+    axis.set_title(f"Equivariance and labels: CIFAR-10{small}")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
     save(figure, args.output)

@@ -298,41 +298,43 @@ def study_section(results):
 
 
 def overview(studies):
-    """What README shows of each method on CIFAR-10: {method: {"k-NN": error with 5,000 labels, "H@1": of the ridge map,
-    "moved"}}, each Measured, from features without sampling. The full studies as soon as one of them was made, else the
-    small ones. Best k-NN error first. Also the studies used."""
-    found, used, families = {}, [], ("cifar10", "stl-cifar10")
-    for scale in ("", "-small"):
+    """What README shows of each method on CIFAR-10: {method: {"k-NN": error, "H@1": of the ridge map, "moved"}}, each
+    Measured, from features without sampling. The full studies as soon as one of them was made, else the small ones.
+    Best k-NN error first. Also the studies used, and with how many labels k-NN is trained."""
+    found, used, labels, families = {}, [], None, ("cifar10", "stl-cifar10")
+    for scale, size in (("", 50000), ("-small", 5000)):
         made = [studies[family + scale] for family in families if studies.get(family + scale) and not used]
         for results in [results for results in made if measurements(results)[0]]:
             used.append(results)
-            errors, equivariance = measurements(results)
+            labels, (errors, equivariance) = size, measurements(results)
             for method in METHODS:
                 for features in ("mu", None):
-                    error = errors.get((method, features, "knn", 5000))
+                    error = errors.get((method, features, "knn", size))
                     if error and method not in found and method not in ("steerable", "mean_target"):
                         moves = {heading: equivariance.get(("projective", method, "", features, heading))
                                  for heading in ("H@1", "moved")}
                         found[method] = {"k-NN": error, **moves}
-    return dict(sorted(found.items(), key=lambda item: item[1]["k-NN"].mean())), used
+    return dict(sorted(found.items(), key=lambda item: item[1]["k-NN"].mean())), used, labels
 
 
 def readme_section(studies):
-    rows, used = overview(studies)
+    rows, used, labels = overview(studies)
     if not rows:
         return "*Not yet run.*\n"
     published = PUBLISHED["cifar10"]["knn"]
     lines = []
     for method, measured in rows.items():
-        theirs = published.get(method, {}).get(5000)
+        theirs = published.get(method, {}).get(labels)
         cells = [measured[name].text() if measured[name] else "–" for name in ("k-NN", "H@1", "moved")]
         lines.append([METHODS[method], cells[0], f"{theirs:.3f}" if theirs else "", *cells[1:]])
-    headings = ["", "k-NN error, 5,000 labels", "the paper's: z sampled, trained in full", "H@1", "moved"]
+    headings = ["", f"k-NN error, {labels:,} labels", "the paper's: z sampled, trained in full", "H@1", "moved"]
     if all(results["scale"] == "full" for results in used):
         headings[2] = "the paper's: z sampled"
     seeds = ", ".join(f"{'STL and SimCLR' if results['study'].startswith('stl') else 'VTE and AVT'} "
                       f"{len(seeds_of(results))} ({results['study']}.json)" for results in used)
-    about = f"{used[0]['title']}; features mu, not sampled. Mean ± standard deviation over training seeds: {seeds}."
+    several = any(len(seeds_of(results)) > 1 for results in used)
+    about = (f"{used[0]['title']}; features mu, not sampled. "
+             f"{'Mean ± standard deviation over training seeds' if several else 'Training seeds'}: {seeds}.")
     return "\n".join([*table(headings, lines), about, ""])
 
 
