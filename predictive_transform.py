@@ -19,8 +19,8 @@ Deviations and readings:
   batch normalisation are those of the authors' code; Table 5 has 512-2048-512.
 - The authors' code normalises STL-10 with CIFAR-10's statistics; here it has its own.
 - What the paper calls log sigma is a log-variance. No KL term holds it: the mean is logged as "logvar".
-Logged beside it: z_std, the standard deviation of z over the batch; the squared errors of three guesses, a constant, the
-outline without its top, and the rotation alone (minter_warp.reference_errors).
+Logged beside it: z_std, the standard deviation of z over the batch. To compare with: the squared errors of a constant,
+of the outline without its top, and of the rotation alone (minter_warp.reference_errors).
 """
 
 from torch import nn

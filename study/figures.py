@@ -420,7 +420,8 @@ def draw_overview(args):
     axis.annotate("chance", (0, 1 / 60), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
                   fontsize=9, color="#777777")
     axis.set_ylim(0, 0.05 + max(row["H@1"].mean() for row in rows.values()))
-    axis.set(xlabel=f"k-NN error with {labels:,} labels (better to the left)", ylabel="f(t(x)) found first among 60 (H@1)")
+    axis.set(xlabel=f"k-NN error with {labels:,} labels (better to the left)",
+             ylabel="f(t(x)) found first among 60 (H@1)")
     small = ", small scale" * any(results["scale"] == "small" for results in used)
     axis.set_title(f"Equivariance and labels: CIFAR-10{small}")
     axis.grid(alpha=0.3)
