@@ -330,7 +330,7 @@ def readme_section(studies):
     headings = ["", f"k-NN error, {labels:,} labels", "the paper's: z sampled, trained in full", "H@1", "moved"]
     if all(results["scale"] == "full" for results in used):
         headings[2] = "the paper's: z sampled"
-    seeds = ", ".join(f"{'STL and SimCLR' if results['study'].startswith('stl') else 'VTE and AVT'} "
+    seeds = ", ".join(f"{'STL and SimCLR' if results['study'].startswith('stl') else 'the methods of VTE'} "
                       f"{len(seeds_of(results))} ({results['study']}.json)" for results in used)
     several = any(len(seeds_of(results)) > 1 for results in used)
     about = (f"{used[0]['title']}; features mu, not sampled. "

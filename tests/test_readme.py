@@ -12,7 +12,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 CHECKS = {  # what must be true after the snippet that holds a name
     "PredictiveTransform": """
 assert loss.isfinite() and 0 < metrics["squared_error"] < 100
-assert model.encoder.mu.weight.grad.abs().sum() > 0
+assert model.encoder.weight.grad.abs().sum() > 0
 """,
     "coefficients_from_matrices": """
 assert warped.shape == images.shape and warped.dtype == torch.uint8
