@@ -138,15 +138,21 @@ def encode(encoder, images, mean, std, device, dtype, batch_size=None, index=Non
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
-def random_encoder(images, config, seed, device, dtype):
-    """An untrained encoder whose batch normalisation has the statistics of (up to 2,048) training images."""
-    torch.manual_seed(seed)
-    encoder = build_encoder(config["encoder"], config["image_size"], config.get("probabilistic", True)).train()
+def calibrated(encoder, images, config, device, dtype):
+    """The encoder in eval mode, its batch normalisation with the statistics of (up to 2,048) images."""
+    encoder = encoder.train()
     average_batch_norm(encoder)
     n = min(CALIBRATION_IMAGES, len(images))
     n -= n % encode_batch(images.shape[-1]) == 1 and n > 1  # batch normalisation takes no last batch of one image
     encode(encoder, images[:n], config["mean"], config["std"], device, dtype)
     return encoder.eval()
+
+
+def random_encoder(images, config, seed, device, dtype):
+    """An untrained encoder, calibrated on training images."""
+    torch.manual_seed(seed)
+    encoder = build_encoder(config["encoder"], config["image_size"], config.get("probabilistic", True))
+    return calibrated(encoder, images, config, device, dtype)
 
 
 def load_checkpoints(paths, dataset=None):
@@ -421,7 +427,11 @@ def probe(args, device):
 
     representations = []
     for name, _, checkpoint, encoder in checkpoints if args.rows != "baselines" else []:
-        representations += represent(name, checkpoint["method"], encoder, checkpoint["config"])
+        method, config = checkpoint["method"], checkpoint["config"]
+        representations += represent(name, method, encoder, config)
+        if args.calibrated:
+            encoder = calibrated(encoder, images, config, device, dtype)
+            representations += represent(name, f"{method}, calibrated", encoder, config)
     if args.rows != "checkpoints":
         for kind, config in architectures(checkpoints).items():
             encoder = random_encoder(images, config, args.seed, device, dtype)
@@ -646,6 +656,8 @@ def parse_args():
         help="labelled images to train on; fewer is faster (default: 50000 5000 500)")
     add("--features", nargs="+", choices=list(FEATURES),
         help="of encoders with mu and sigma: z sampled, mu, what both are computed from, or maps (default: sample mu)")
+    add("--calibrated", action="store_true", help="also rows whose batch normalisation has the statistics of training "
+        "images as they are, in place of pretraining's crops and transformed ones")
     add("--passes", type=positive_int, default=5, help="times z is sampled for the test images")
     add("--mean-per-class", action="store_true", help="error as the mean over classes, for test sets out of balance")
     add("--export", metavar="FILE", help="no evaluation: write the checkpoint's encoder alone, as FILE.safetensors; "

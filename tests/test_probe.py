@@ -177,6 +177,10 @@ def test_random_encoder_is_calibrated_on_the_images():
         expected = first[0](normal)
     assert torch.allclose(first[1].running_mean, expected.mean((0, 2, 3)), atol=1e-3)
     assert torch.allclose(first[1].running_var, expected.var((0, 2, 3)), rtol=0.02)
+    before = encoder(normal[:8])[0]
+    first[1].running_mean.add_(3.0)
+    images, config, _, *where = arguments
+    assert torch.allclose(probe.calibrated(encoder, images, config, *where)(normal[:8])[0], before, atol=1e-4)
 
 
 def test_large_images_are_encoded_in_smaller_batches():

@@ -118,13 +118,14 @@ def test_both_phases_and_the_probe(trained):
 def test_rows_are_the_same_made_together_or_apart_and_those_before_mu_are_what_they_say(trained):
     folder, _ = trained
     flags = ["--train-sizes", 60, "--classifiers", "knn", "logistic", "--passes", 2, "--precision", "fp32",
-             "--features", "sample", "mu", "trunk", "map2"]
+             "--features", "sample", "mu", "trunk", "map2", "--calibrated"]
     made = {}
     for rows in ("all", "checkpoints", "baselines"):
         run("probe.py", "ba.ckpt", *flags, "--rows", rows, "--json", f"{rows}.json", cwd=folder)
         made[rows] = read_rows(folder / f"{rows}.json")
     assert sorted(map(str, made["all"])) == sorted(map(str, made["checkpoints"] + made["baselines"]))
     assert {row["method"] for row in made["baselines"]} == {"random encoder (nin)", "raw pixels"}
+    assert {row["method"] for row in made["checkpoints"]} == {"vte_ba", "vte_ba, calibrated"}
     checkpoint = load_checkpoint(folder / "ba.ckpt")
     encoder = load_encoder(checkpoint, "ba.ckpt")
     features, seen = {"trunk": [], "map2": []}, []
@@ -142,7 +143,8 @@ def test_rows_are_the_same_made_together_or_apart_and_those_before_mu_are_what_t
         features["map2"].append((quarters.flatten(1), labels[chosen]))
     for kind, ((train, train_labels), (test, test_labels)) in features.items():
         predicted = KNeighborsClassifier(5, algorithm="brute").fit(train.numpy(), train_labels).predict(test.numpy())
-        (row,) = [row for row in made["checkpoints"] if row["features"] == kind and row["classifier"] == "knn"]
+        (row,) = [row for row in made["checkpoints"] if (row["features"], row["classifier"], row["method"])
+                  == (kind, "knn", "vte_ba")]
         assert row["error_mean"] == pytest.approx((predicted != test_labels.numpy()).mean(), abs=0.003)  # one tie
 
 
