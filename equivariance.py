@@ -43,32 +43,61 @@ BOOTSTRAP = 1000
 # ------------------------------------------------------------------------------------------------- transformations
 
 
-def draw_projective(n, size, generator):
-    """n of the transformations that predictive transformation, AVT and VTE learn from.
+def draw_projective(n, size, generator, border="grey", family="projective"):
+    """n of the transformations that predictive transformation, AVT and VTE learn from, or (see `sample_corners`) of a
+    family that is a part of theirs.
+
+    border: what is seen outside of the image; grey, reflect, or inside: nothing, since t is followed by a zoom into the
+    middle, the same for all t of a family.
 
     Returns apply(images, index, rows, scale, shift, dtype), which makes images[index] under the transformations `rows`
     as `warp_batch` returns them, and the targets of a prediction, {name: (n, k) float32}: t, the 8 normalised
-    coefficients; the rotation, one of 4; and of the quadrilateral that the image becomes, in sides of the image, the
-    scale (square root of its area) and the translation (of the mean of its corners, across and down)."""
-    quarter_turns, corners = sample_corners(n, size, generator)
-    coefficients = coefficients_from_corners(corners, size).float()
+    coefficients (of projective only); the rotation, one of 4; and of the quadrilateral that the image becomes, in sides
+    of the image, the scale (square root of its area) and the translation (of the mean of its corners, across and
+    down)."""
+    quarter_turns, corners = sample_corners(n, size, generator, family)
+    coefficients = coefficients_from_corners(corners, size)
     x, y = (corners / size).float().unbind(-1)  # (n, 4)
     area = 0.5 * (x * y.roll(-1, 1) - y * x.roll(-1, 1)).sum(1)
-    targets = {"t": transformation_target(coefficients, size),
+    targets = {"t": transformation_target(coefficients.float(), size),
                "rotation": nn.functional.one_hot(quarter_turns, 4).float(),
                "scale": area.sqrt()[:, None],
                "translation": torch.stack([x.mean(1), y.mean(1)], 1) - 0.5}
+    if border == "inside":
+        coefficients = zoom(coefficients, size, INSIDE[family])
+    coefficients = coefficients.float()
 
     def apply(images, index, rows, scale, shift, dtype):
-        return warp_batch(images, index, None, coefficients[rows].to(images.device), scale, shift, dtype)
+        chosen = coefficients[rows].to(images.device)
+        if border != "reflect":
+            return warp_batch(images, index, None, chosen, scale, shift, dtype)
+        return (reflected_warp(images[index], chosen) * scale[:, None, None] + shift[:, None, None]).to(dtype)
 
-    return apply, targets
+    return apply, targets if family == "projective" else {family: targets[family]}
 
 
-def draw_crop_or_colour(n, size, generator, crop=True, colour=True):
-    """The same of what STL learns from: a resized crop, colour jitter (on every image, in random order), or both. The
-    targets are the crop's centre and its width and height, in sides of the image, and how far each adjustment of colour
-    is of its range, -1 to 1."""
+def zoom(coefficients, size, side):
+    """The coefficients (n, 8) followed by an enlargement of the output's middle, `side` of each of its sides."""
+    enlarge = torch.tensor([[side, 0, (1 - side) * size / 2], [0, side, (1 - side) * size / 2], [0, 0, 1]]).double()
+    matrices = nn.functional.pad(coefficients, (0, 1), value=1).view(-1, 3, 3) @ enlarge
+    return (matrices / matrices[:, 2:, 2:]).flatten(1)[:, :8]
+
+
+def reflected_warp(images, coefficients):
+    """`projective_warp` of images whose plane goes on beyond the edges as in mirrors. (N, C, S, S), (N, 8) -> float32
+    (N, C, S, S)."""
+    size, rows = images.shape[3], nn.functional.pad(coefficients.double(), (0, 1), value=1).view(-1, 3, 3)
+    centres = torch.arange(size, device=images.device) + 0.5
+    points = torch.cartesian_prod(centres, centres).flip(1)  # (x, y), row after row
+    u, v, w = (rows @ nn.functional.pad(points.double(), (0, 1), value=1).T).unbind(1)  # (N, S * S)
+    grid = (2 * torch.stack([u / w, v / w], 2) / size - 1).float().unflatten(1, (size, size))
+    return nn.functional.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+
+
+def draw_crop_or_colour(n, size, generator, border=None, crop=True, colour=True):
+    """The same of what STL learns from: a resized crop, colour jitter (on every image, in random order), or both, which
+    show nothing outside whatever the border. The targets are the crop's centre and its width and height, in sides of
+    the image, and how far each adjustment of colour is of its range, -1 to 1."""
     drawn, targets = sample_transformations(n, size, generator), {}
     per_pair = unchanged_transformations(n, size)
     per_image = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
@@ -90,8 +119,10 @@ def draw_crop_or_colour(n, size, generator, crop=True, colour=True):
     return apply, targets
 
 
-FAMILIES = {"projective": draw_projective, "crop": partial(draw_crop_or_colour, colour=False),
-            "colour": partial(draw_crop_or_colour, crop=False), "crop+colour": draw_crop_or_colour}
+INSIDE = {"rotation": 1, "scale": 0.8, "translation": 0.75, "projective": 0.55}  # the square that is always filled
+FAMILIES = {**{family: partial(draw_projective, family=family) for family in INSIDE},
+            "crop": partial(draw_crop_or_colour, colour=False), "colour": partial(draw_crop_or_colour, crop=False),
+            "crop+colour": draw_crop_or_colour}
 
 
 class EvaluationSet:
@@ -99,19 +130,21 @@ class EvaluationSet:
     transformed, and n test images under T transformations each.
 
     Test images 2i and 2i + 1 share their T transformations: STL reads the code off the partner. The bootstrap resamples
-    pairs.
+    pairs. Of rotation each image gets all four (every).
 
     train_index (N,), test_index (n * T,): which image. train_targets {name: (N, k)}, test_targets {name: (n * T, k)}.
     held_out (N,): the pairs that the ridge penalty is chosen on. weights (1 + B, n): of each test image in the
     bootstrap; the first row, all 1, is no resample."""
 
-    def __init__(self, family, train_images, test_images, pairs, per_image, size, seed):
+    def __init__(self, family, train_images, test_images, pairs, per_image, size, seed, border="grey"):
         generator = torch.Generator().manual_seed(seed)
-        self.family, self.n, self.per_image = family, test_images - test_images % 2, per_image
+        self.every = family == "rotation"
+        per_image = 4 if self.every else per_image
+        self.family, self.border, self.n, self.per_image = family, border, test_images - test_images % 2, per_image
         self.train_index = torch.arange(pairs) % train_images
         self.held_out = self.train_index < max(1, round(RIDGE_VALIDATION * min(pairs, train_images)))
-        self.train_apply, self.train_targets = FAMILIES[family](pairs, size, generator)
-        apply, drawn = FAMILIES[family](self.n // 2 * per_image, size, generator)
+        self.train_apply, self.train_targets = FAMILIES[family](pairs, size, generator, border)
+        apply, drawn = FAMILIES[family](self.n // 2 * per_image, size, generator, border)
         row = torch.arange(self.n * per_image)
         self.test_index = row // per_image
         shared = self.test_index // 2 * per_image + row % per_image
@@ -218,10 +251,67 @@ def ridge_map(data, x, tx, test_x, device):
 
     It is linear in the feature, and its matrix and its offset are affine in the targets: a ridge regression from f, t
     and all products of the two. f and t alone would not do: such a map adds the same offset to every image, while an
-    equivariant representation acts on the feature by a matrix that depends on t."""
-    targets, test_targets = data.joined_targets()
-    predicted = regress(data.held_out, [x, targets], [test_x[data.test_index], test_targets], tx, device, together=True)
+    equivariant representation acts on the feature by a matrix that depends on t.
+
+    x, test_x None: predicts f(t(x)) from t alone, affine in the targets and the same for all images."""
+    targets, test_targets = ([block] for block in data.joined_targets())
+    if x is not None:
+        targets, test_targets = [x, *targets], [test_x[data.test_index], *test_targets]
+    predicted = regress(data.held_out, targets, test_targets, tx, device, together=True)
     return predicted.unflatten(0, (data.n, data.per_image))
+
+
+def variance_shares(data, features, by_map, by_t, noise):
+    """Splits the variance of y = f(t(x)) over images x and transformations t into three shares, which sum to one.
+
+    features, by_map, by_t (n, T, D): y of the test images; g, its prediction from f(x) and t by `ridge_map`; h, its
+    prediction from t alone. g and h are fitted on other images and other transformations. noise (n,) float64: the mean
+    over t of the sum of sigma^2 where z is sampled, else 0. |.|^2 is summed over the D numbers, which are not rescaled.
+    With Var_t(.) = E_t |. - E_t .|^2, taken within one image:
+
+        V = E |y - E y|^2 = B + W
+        invariant    = B / V                               B = E_x |E_t y - E y|^2: what stays when t changes
+        equivariant  = (W - U) / V                         U = E_x Var_t(y - g): of what changes, what g predicts
+          the same for all images  = (W - A) / V           A = E_x Var_t(y - h): of that, what t alone predicts
+          image by image           = (A - U) / V           of that, what takes f(x)
+        unexplained  = U / V                               W = E_x Var_t(y)
+          noise of sigma           = E_x E_t |sigma|^2 / V
+
+    A prediction's mean over t cannot count: Var_t removes it, so that g is judged on the deviation from the image's
+    mean alone. g is linear in f(x) and affine in the targets, and fitted on few pairs: what it misses is unexplained,
+    so the equivariant share is a lower bound. A map that predicts worse than the image's mean has a share below 0.
+
+    Estimates have no bias from finite n and T. Var_t divides by T - 1. B is half the mean |m_i - m_j|^2 of two images'
+    means over t, less W / T, by which T draws move a mean. The two images have no transformation in common, nor are
+    they the same one twice in the bootstrap. Where the T are all that there are (data.every), Var_t divides by T, and
+    only the noise, known, moves a mean.
+
+    Returns {part: interval}; all are 0 where nothing varies. Source: one-way random-effects analysis of variance."""
+    def within(values):  # (n, T, D) -> (n,) float64
+        spread = torch.cat([part.double().var(1, correction=int(not data.every)).sum(1) for part in values.split(20)])
+        return spread + noise / data.per_image if data.every else spread
+
+    w, a, u = within(features), within(features - by_t), within(features - by_map)
+    moved = (noise if data.every else w) / data.per_image
+    means = features.mean(1, dtype=torch.float64)
+    least = 1e-12 * (means.square().sum(1) + w).mean() + 1e-30  # rounding of a constant
+    means = means - means.mean(0)
+    sharing = (means[::2] - means[1::2]).square().sum(1).repeat_interleave(2) / 2
+
+    def share_of(part):
+        def statistic(weights):
+            q = weights / weights.sum(1, keepdim=True)
+            # Sums over pairs of images, each pair weighted by the product, less pairs that share transformations.
+            pairs = q @ means.square().sum(1) - (q @ means).square().sum(1) - q.square() @ sharing
+            between = pairs / (1 - 2 * q.square().sum(1)).clamp(min=1e-9) - q @ moved  # one pair of images alone: 0
+            total = between + q @ w
+            return torch.where(total > least, (between if part is None else q @ part) / total.clamp(min=least), 0.0)
+
+        return data.with_interval(statistic)
+
+    parts = {"invariant": None, "equivariant": w - u, "the same for all images": w - a, "image by image": a - u,
+             "unexplained": u}
+    return {name: share_of(part) for name, part in (parts | ({"noise of sigma": noise} if noise.any() else {})).items()}
 
 
 def rank_distribution(predicted, candidates, tie=1e-9):
@@ -240,12 +330,11 @@ def rank_distribution(predicted, candidates, tie=1e-9):
 
 
 def retrieval(data, predicted, candidates):
-    """{measure: interval} of MRR, H@1 and H@5, and the share of each rank, a list of T."""
+    """{measure: (n,)}, MRR, H@1 and H@5 of each image, and the share of each rank, a list of T."""
     by_image = rank_distribution(predicted, candidates).mean(1)  # (n, T)
     ranks = torch.arange(1, data.per_image + 1)
     scores = {"MRR": by_image @ (1 / ranks.double()), "H@1": by_image[:, 0], "H@5": by_image[:, :5].sum(1)}
-    measured = {name: data.mean(score) for name, score in scores.items()}
-    return measured, [round(share, 6) for share in by_image.mean(0).tolist()]
+    return scores, [round(share, 6) for share in by_image.mean(0).tolist()]
 
 
 def movement(data, x, tx):
@@ -318,6 +407,28 @@ def hypernetwork_map(checkpoint, path):
 LEARNED_MAPS = {"vte_ba": barber_agakov_map, "stl": hypernetwork_map}  # by how the method's name begins
 
 
+# --------------------------------------------------------------------------------------------------------- controls
+
+
+class FourTurns(nn.Module):
+    """An exactly steerable control: the features of a small untrained network over the four quarter turns of the image,
+    stacked. A turn of the image permutes the four. Images (N, 3, S, S) -> (N, 4 * 128)."""
+
+    def __init__(self, size, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        side = min(size, 16)
+        self.network = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(3 * side**2, 128), nn.ReLU())
+
+    def forward(self, images):
+        return torch.cat([self.network(images.rot90(turns, (2, 3))) for turns in range(4)], 1)
+
+
+def average_of_turns(stacked):
+    """An exactly invariant one: (N, 4 * 128) of `FourTurns` -> (N, 128). Sorted, since a sum depends on its order."""
+    return stacked.unflatten(1, (4, -1)).sort(1).values.mean(1)
+
+
 # ------------------------------------------------------------------------------------------------- the measurement
 
 
@@ -328,19 +439,26 @@ def measure(data, original, transformed, learned, device):
     features (n * T, D) that it is to predict."""
     x, test_x = original.draw("train")[data.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
-    both, rows = ([x, tx], [test_x[data.test_index], test_tx]), []
-    sources = {"x and t(x)": both, "x and t(x), no products": [[torch.cat(blocks, 1)] for blocks in both],
-               "t(x)": ([tx], [test_tx])}
-    for source, blocks in sources.items():
+    candidates = test_tx.unflatten(0, (data.n, -1))
+    by_map, by_t = ridge_map(data, x, tx, test_x, device), ridge_map(data, None, tx, None, device)
+    logvar = transformed.logvar["test"] if transformed.sampled else torch.full((len(test_tx), 1), -torch.inf)
+    noise = data.per_image_sum(logvar.exp().sum(1)) / data.per_image
+    rows = [{"measure": "share", "part": part, **interval} for part, interval
+            in variance_shares(data, candidates, by_map, by_t, noise).items()]
+    for source, blocks in {"x and t(x)": [[x, tx], [test_x[data.test_index], test_tx]],
+                           "t(x)": [[tx], [test_tx]]}.items():
         rows += [{"measure": name, "target": target, "from": source, **interval} for (target, name), interval
                  in predict_targets(data, *blocks, device).items()]
-    maps = [("ridge", ridge_map(data, x, tx, test_x, device), test_tx.unflatten(0, (data.n, -1)))]
+    maps = [("ridge", by_map, candidates), ("t alone", by_t, candidates)]
     for predict, wanted in learned:
         maps += predict(data, test_x, wanted)
-    for name, predicted, candidates in maps:
-        measured, shares = retrieval(data, predicted, candidates)
-        rows += [{"measure": score, "map": name, **interval} for score, interval in measured.items()]
-        rows[-len(measured)]["ranks"] = shares
+    scores = {}
+    for name, predicted, wanted in maps:
+        scores[name], shares = retrieval(data, predicted, wanted)
+        rows += [{"measure": score, "map": name, **data.mean(values)} for score, values in scores[name].items()]
+        rows[-len(scores[name])]["ranks"] = shares
+    rows += [{"measure": f"excess {score}", "map": "ridge", **data.mean(values - scores["t alone"][score])}
+             for score, values in scores["ridge"].items()]
     return [*rows, {"measure": "moved", **movement(data, test_x, test_tx)}]
 
 
@@ -360,23 +478,22 @@ def probe_equivariance(args, device):
     images, test_images = some_images("train", args.pairs), some_images("test", args.images)
     test_images = test_images[: len(test_images) - len(test_images) % 2]
 
-    def measured(data, name, method, encoder, config, target_encoder=None, predict=None):
+    def encoded(data, encoder, config):
+        """(training, test) features of x, and of t(x)."""
         torch.manual_seed(args.seed)  # a row does not depend on the rows above it
+        views = ({}, {}), ({"index": data.train_index, "apply": data.train_apply},
+                           {"index": data.test_index, "apply": data.test_apply})
+        return [[encode(encoder, split, config["mean"], config["std"], device, dtype, **which)
+                 for split, which in zip((images, test_images), of, strict=True)] for of in views]
 
-        def features(encoder, split, **which):
-            return encode(encoder, split, config["mean"], config["std"], device, dtype, **which)
-
-        pairs_of, views_of = ({"index": index, "apply": apply} for index, apply in (
-            (data.train_index, data.train_apply), (data.test_index, data.test_apply)))
-        x = features(encoder, images), features(encoder, test_images)
-        tx = features(encoder, images, **pairs_of), features(encoder, test_images, **views_of)
-        wanted = features(target_encoder, test_images, **views_of) if target_encoder else tx[1]
+    def measured(data, name, method, x, tx, predict=None, wanted=None):
         for kind in [None] if x[0][1] is None else ["sample", "mu"]:
+            torch.manual_seed(args.seed)
             original, transformed = (Representation(name, method, kind, *splits) for splits in (x, tx))
             learned = [(predict, Representation(name, method, kind, wanted, wanted).draw("test"))] if predict else []
             row = {"checkpoint": name, "method": method, "features": kind, "transformations": data.family,
-                   "dataset": dataset, "test_images": data.n, "per_image": args.per_image, "pairs": args.pairs,
-                   "seed": args.seed}
+                   "border": data.border, "dataset": dataset, "test_images": data.n, "per_image": data.per_image,
+                   "pairs": args.pairs, "seed": args.seed}
             yield from ({**row, **found} for found in measure(data, original, transformed, learned, device))
 
     rows = []
@@ -385,31 +502,45 @@ def probe_equivariance(args, device):
                    or one[2]["method"].startswith("stl")]
         if not members:
             continue
-        data = EvaluationSet(family, len(images), len(test_images), args.pairs, args.per_image, size, args.seed)
+        data = EvaluationSet(family, len(images), len(test_images), args.pairs, args.per_image, size, args.seed,
+                             args.border)
         chosen = members if args.rows != "baselines" else []
         for name, path, checkpoint, encoder in tqdm(chosen, desc=family, leave=False, disable=None):
-            method = checkpoint["method"]
+            method, config = checkpoint["method"], checkpoint["config"]
             load = next((load for begin, load in LEARNED_MAPS.items() if method.startswith(begin)), None)
             exported = checkpoint["model"] is checkpoint["encoder"]  # without the map
-            learned = load(checkpoint, path) if load and not exported else ()
-            rows += measured(data, name, method, encoder, checkpoint["config"], *learned)
+            target_encoder, predict = load(checkpoint, path) if load and not exported else (None, None)
+            x, tx = encoded(data, encoder, config)
+            wanted = encoded(data, target_encoder, config)[1][1] if target_encoder else tx[1]
+            rows += measured(data, name, method, x, tx, predict, wanted)
         if args.rows == "checkpoints":
             continue
         for kind, config in architectures(members).items():
             encoder = random_encoder(images, config, args.seed, device, dtype)
-            rows += measured(data, None, f"random encoder ({kind})", encoder, config)
+            rows += measured(data, None, f"random encoder ({kind})", *encoded(data, encoder, config))
+        config = checkpoints[0][2]["config"]
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(size, 32)), nn.Flatten())
-        rows += measured(data, None, "raw pixels", pixels, checkpoints[0][2]["config"])
+        rows += measured(data, None, "raw pixels", *encoded(data, pixels, config))
+        stacked = encoded(data, FourTurns(size, args.seed), config)
+        rows += measured(data, None, "steerable control", *stacked)
+        averaged = [[(average_of_turns(features), None) for features, _ in splits] for splits in stacked]
+        rows += measured(data, None, "invariant control", *averaged)
     notes = [
-        f"{dataset}: {len(test_images):,} test images, {args.per_image} transformations each, two images share theirs; "
-        f"ridge regressions fitted on {args.pairs:,} pairs of {len(images):,} training images, the penalty chosen on "
-        f"{RIDGE_VALIDATION:.0%} of these; no crops or flips; seed {args.seed}",
+        f"{dataset}: {len(test_images):,} test images, {args.per_image} transformations each (of rotation all 4), two "
+        f"images share theirs, border {args.border}; ridge regressions fitted on {args.pairs:,} pairs of "
+        f"{len(images):,} training images, the penalty chosen on {RIDGE_VALIDATION:.0%} of these; no crops or flips; "
+        f"seed {args.seed}",
         *explain_features(rows),
-        "prediction: from the features of x and t(x) and their products, without which the two cannot be compared "
-        "(--json has it without them too), or of t(x) alone; R² of 1 is perfect, of 0 the training mean",
-        "MRR, H@1, H@5: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
-        "same image; by a ridge regression on f(x), t and their products, or (its ...) by the method's own map",
+        "shares of the variance of f(t(x)): invariant stays when t changes; equivariant changes, and is predicted from "
+        "f(x) and t; of that a part from t alone, the same for all images; the rest is unexplained; the three sum to 1",
+        "prediction: from the features of x and t(x) and their products, without which the two cannot be compared, or "
+        "of t(x) alone; R² of 1 is perfect, of 0 the training mean",
+        "MRR, H@1: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
+        "same image; by a ridge regression on f(x), t and their products, or (its ...) by the method's own map; excess "
+        "H@1: over that of a ridge regression on t alone",
         "moved: mean |f(t(x)) - f(x)|² over mean |f(x) - f(x')|²; 0 is invariant",
+        *["controls: a small untrained network's features over the four quarter turns of the image, stacked (exactly "
+          "steerable under rotation) and averaged (exactly invariant)"] * (args.rows != "checkpoints"),
         f"last lines: half the widest 95 % interval of the column, of {BOOTSTRAP:,} bootstrap samples of the test "
         "images; it says nothing of training seeds",
     ]
@@ -420,11 +551,16 @@ def probe_equivariance(args, device):
 
 
 ALONE = ", t(x) alone"
+QUESTIONS = {"share": "shares of the variance of f(t(x))", "x and t(x)": "predicted from x and t(x)",
+             "t(x)": "predicted from t(x) alone", None: "retrieval and movement"}
+ONLY_STUDIES = ("t error", "H@5")  # tables of at most six columns lack these
 
 
 def column(row):
     """The heading under which a row's value stands; None for what only --json tells."""
-    if row.get("from") == "x and t(x), no products":
+    if row["measure"] == "share":
+        return None if row["part"] in ("image by image", "noise of sigma") else row["part"]
+    if row.get("map") == "t alone" or row["measure"] in ("excess MRR", "excess H@5"):
         return None
     alone = ALONE if row.get("from") == "t(x)" else ""
     if row["measure"] == "squared error":
@@ -435,32 +571,33 @@ def column(row):
 
 
 def make_tables(rows, errors):
-    """For each family of transformations three of `probe.Table`: what is predicted from x and t(x), what from t(x)
-    alone, and retrieval and movement. errors: what `reference_errors` returns."""
-    per_image = rows[0]["per_image"]
-    nothing = {"t error": errors["constant_predictor"], "rotation": 0.25, "H@1": 1 / per_image, "H@5": 5 / per_image,
-               "MRR": sum(1 / rank for rank in range(1, per_image + 1)) / per_image}
-    rotation = {"t error": errors["rotation_only"], "rotation": 1.0,
-                "t R²": 1 - errors["rotation_only"] / errors["constant_predictor"]}
-    questions = {"x and t(x)": "predicted from x and t(x)", "t(x)": "predicted from t(x) alone",
-                 None: "retrieval and movement"}
+    """For each family of transformations four of `probe.Table`: the shares, what is predicted from x and t(x), what
+    from t(x) alone, and retrieval and movement. errors: what `reference_errors` returns."""
+    rotation = {"rotation": 1.0, "t R²": 1 - errors["rotation_only"] / errors["constant_predictor"]}
     tables = []
     for family in dict.fromkeys(row["transformations"] for row in rows):
-        for source, question in questions.items():
-            found = [(column(row).removesuffix(ALONE), row) for row in rows
-                     if (row["transformations"], row.get("from")) == (family, source) and column(row)]
+        per_image = next(row["per_image"] for row in rows if row["transformations"] == family)
+        nothing = {"rotation": 0.25, "H@1": 1 / per_image, "excess H@1": 0.0,
+                   "MRR": sum(1 / rank for rank in range(1, per_image + 1)) / per_image}
+        for key, question in QUESTIONS.items():
+            found = [(column(row).removesuffix(ALONE), row) for row in rows if row["transformations"] == family
+                     and row.get("from", "share" if row["measure"] == "share" else None) == key and column(row)]
+            headings = [heading for heading in dict.fromkeys(heading for heading, _ in found)
+                        if heading not in ONLY_STUDIES][:4]
             widest, cells = {}, {}
             for heading, row in found:
                 widest[heading] = max(widest.get(heading, 0.0), (row["high"] - row["low"]) / 2)
                 cells.setdefault(row_label(row), {})[heading] = row["value"]
-            no_r2 = {heading: 0.0 for heading in widest if heading.endswith("R²")}
-            cells["knowing nothing", ""] = {**no_r2, **nothing}
-            if "t" in (heading.partition(" ")[0] for heading in widest):
+            if key != "share":
+                no_r2 = {heading: 0.0 for heading in headings if heading.endswith("R²")}
+                cells["knowing nothing", ""] = {**no_r2, **nothing}
+            if "t R²" in headings:
                 cells["knowing the rotation", ""] = rotation
             cells["95 % interval, at most ±", ""] = widest
             lines = [[*label, *(f"{round(of[heading], 3) + 0.0:.3f}" if heading in of else ""  # never -0.000
-                                for heading in widest)] for label, of in cells.items()]
-            tables.append(Table(f"{family.capitalize()} transformations, {question}", ["", "features", *widest], lines))
+                                for heading in headings)] for label, of in cells.items()]
+            tables.append(Table(f"{family.capitalize()} transformations, {question}", ["", "features", *headings],
+                                lines))
     return tables
 
 
@@ -469,10 +606,15 @@ def parse_args():
                                "python equivariance.py pt.ckpt vte_ba.ckpt --json equivariance.json")
     add = parser.add_argument_group("equivariance").add_argument
     add("--transformations", nargs="+", choices=list(FAMILIES),
-        help="to measure all checkpoints under (default: projective, and for STL crop and colour too)")
+        help="to measure all checkpoints under; rotation: by quarter turns (default: projective, and for STL crop and "
+        "colour too)")
+    add("--border", choices=["grey", "reflect", "inside"], default="grey",
+        help="what a transformed image shows outside of x: grey, as in training, which gives t away; x reflected; or "
+        "nothing, each t being followed by the same zoom into what is always inside (x itself is whole); crops and "
+        "colours show nothing outside")
     add("--images", type=number(int, 10), default=300, metavar="N", help="test images")
     add("--per-image", type=number(int, 10), default=60, metavar="N",
-        help="transformations of each test image, the candidates in retrieval")
+        help="transformations of each test image, the candidates in retrieval; of rotation all 4")
     add("--pairs", type=number(int, 10), default=4000, metavar="N", help="training pairs for the ridge regressions")
     return parser.parse_args()
 

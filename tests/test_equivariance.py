@@ -4,6 +4,7 @@ literal forms, chance, the bootstrap, the methods' own maps, and the command."""
 import json
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from minter_warp import (
     sample_coefficients,
     sample_corners,
     transformation_target,
+    warp_batch,
 )
 from predictive_transform import PredictiveTransform
 from probe import Representation, encode, read_rows, standardizer
@@ -48,7 +50,8 @@ def scores(data, x, tx):
     original, transformed = (Representation("a.ckpt", "planted", None, *((features, None) for features in splits))
                              for splits in (x, tx))
     rows = measure(data, original, transformed, [], CPU)
-    return {(row["measure"], row.get("target"), row.get("from")): row for row in rows}
+    return {(row["measure"], row.get("target") or row.get("part"), row.get("from")): row for row in rows
+            if row.get("map") != "t alone"}
 
 
 def value(rows, measure, target=None, source="x and t(x)"):
@@ -133,8 +136,11 @@ def test_a_transformation_that_shows_only_beside_the_original_takes_products():
           zip(content, (data.train_index, data.test_index), flip, strict=True)]
     rows = scores(data, content, tx)
     assert abs(value(rows, "accuracy", "rotation") - 0.5) < 0.07  # one of two, of four
-    for source in ("x and t(x), no products", "t(x)"):
-        assert abs(value(rows, "accuracy", "rotation", source) - 0.25) < 0.07
+    sums = [torch.cat([of[index], after], 1) for of, index, after in
+            zip(content, (data.train_index, data.test_index), tx, strict=True)]
+    without_products = equivariance.predict_targets(data, sums[:1], sums[1:], CPU)["rotation", "accuracy"]["value"]
+    for accuracy in (without_products, value(rows, "accuracy", "rotation", "t(x)")):
+        assert abs(accuracy - 0.25) < 0.07
 
 
 def test_sampled_features_are_measured_with_their_noise():
@@ -147,12 +153,125 @@ def test_sampled_features_are_measured_with_their_noise():
         transformed = Representation("a", "planted", kind, *((t, torch.full_like(t, logvar)) for t in targets))
         torch.manual_seed(0)
         rows = {(row["measure"], row.get("target"), row.get("from")): row for row in
-                measure(data, original, transformed, [], CPU)}
+                measure(data, original, transformed, [], CPU) if row.get("map") != "t alone"}
         return value(rows, "R2", "scale"), value(rows, "moved")
 
     exact, noisy = r2("mu", 0.0), r2("sample", 0.0)
     assert exact[0] > 0.999 and noisy[0] < 0.4  # the scale's standard deviation is 0.13, the noise's 1
     assert 1 < noisy[1] < exact[1]  # originals that are all the same in mu lie apart when sampled
+
+
+# ------------------------------------------------------------------------------------------------------------ shares
+
+PARTS = ("invariant", "equivariant", "the same for all images", "image by image", "unexplained")
+QUARTER = torch.tensor([[0.0, -1], [1, 0]])
+TURNS = torch.stack([torch.linalg.matrix_power(torch.block_diag(*[QUARTER] * 4), k) for k in range(4)])  # (4, 8, 8)
+
+
+def planted(data, weights):
+    """Features of x, of t(x), of t(x) as f(x) and t tell, and as t alone tells, (training, test) each. They hold what t
+    leaves, the rotation's own number, content turned in four planes, and noise, of total variances `weights`."""
+    def observe(content, index, turns, seed):
+        own = (torch.eye(4)[turns] - 0.25) / math.sqrt(0.75)  # four equally frequent points: variance 1
+        turned = torch.einsum("noi,ni->no", TURNS[turns], content[index, 8:])
+        parts = [content[index, :8], own, turned, noise(len(index), 8, seed=seed) / math.sqrt(8)]
+        parts = [math.sqrt(weight) * part for weight, part in zip(weights, parts, strict=True)]
+        return [torch.cat([part * (number in kept) for number, part in enumerate(parts)], 1)
+                for kept in ((0, 1, 2, 3), (0, 1, 2), (1,))]
+
+    found = []
+    for seed, n, index, targets in ((1, 1 + int(data.train_index.max()), data.train_index, data.train_targets),
+                                    (2, data.n, data.test_index, data.test_targets)):
+        content = noise(n, 16, seed=seed) / math.sqrt(8)
+        found.append([observe(content, torch.arange(n), torch.zeros(n, dtype=torch.long), seed + 20)[0],
+                      *observe(content, index, targets["rotation"].argmax(1), seed + 10)])
+    return list(zip(*found, strict=True))
+
+
+def planted_shares(data, weights):
+    """Four turns that are all there are leave a quarter of what is random to the image's mean over them."""
+    invariant, same, turned, random = (weight / sum(weights) for weight in weights)
+    stays = random / 4 * data.every
+    return dict(zip(PARTS, (invariant + stays, same + turned, same, turned, random - stays), strict=True))
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (2, 1, 3, 2)])
+@pytest.mark.parametrize("family", ["projective", "rotation"])
+def test_the_shares_are_those_that_were_planted(family, weights):
+    data = evaluation_set(family, train_images=10, pairs=10, test_images=200)
+    features, by_map, by_t = (of[1].unflatten(0, (data.n, -1)) for of in planted(data, weights)[1:])
+    shares = equivariance.variance_shares(data, features, by_map, by_t, torch.zeros(data.n).double())
+    for part, share in planted_shares(data, weights).items():
+        assert shares[part]["value"] == pytest.approx(share, abs=0.005 if max(weights) == 1 else 0.03), part
+    assert sum(shares[part]["value"] for part in ("invariant", "equivariant", "unexplained")) == pytest.approx(1)
+    if weights == (1, 0, 0, 0):
+        assert shares["invariant"]["value"] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("weights", [(0, 1, 0, 0), (0, 0, 1, 0), (2, 1, 3, 2)])
+def test_ridge_maps_find_the_shares_that_were_planted(weights):
+    data = evaluation_set("rotation", train_images=1500, pairs=1500, test_images=200)
+    rows = scores(data, *planted(data, weights)[:2])
+    for part, share in planted_shares(data, weights).items():
+        assert value(rows, "share", part, None) == pytest.approx(share, abs=0.005 if max(weights) == 1 else 0.03), part
+    if weights != (2, 1, 3, 2):  # what is the same for all images is found by t alone: no excess
+        assert value(rows, "H@1") == 1
+        assert value(rows, "excess H@1") == pytest.approx(0.75 * weights[2], abs=0.02)
+
+
+def test_the_shares_have_no_bias_from_few_images_and_transformations():
+    """Content a, an effect h of t that two images share, noise e, all of variance 1: over many draws the parts' mean is
+    what was planted. Two images' means, had they counted, or T draws of t, had they not, would be told apart here."""
+    data = evaluation_set("scale", test_images=10, per_image=10)
+    data.n, data.per_image = 4, 3
+    generator, found = torch.Generator().manual_seed(0), []
+    data.weights = data.weights[:1, :4]
+    data.with_interval = lambda statistic: statistic(data.weights)[0].item()
+    for _ in range(2000):
+        a, h, e = (torch.randn(shape, generator=generator) for shape in ((4, 1, 16), (2, 3, 16), (4, 3, 16)))
+        y, by_t = a + h.repeat_interleave(2, 0) + e, h.repeat_interleave(2, 0)
+        found.append(list(equivariance.variance_shares(data, y, 0.5 * by_t, by_t, torch.zeros(4).double()).values()))
+    # of three units of variance; half of h predicted leaves a quarter of its variance
+    mean, error = torch.tensor(found).mean(0), torch.tensor(found).std(0) / math.sqrt(len(found))
+    expected = torch.tensor([1, 0.75, 1, -0.25, 1.25]) / 3
+    assert ((mean - expected).abs() < 4 * error + 0.003).all(), (mean, error)  # a ratio's own bias is some 0.002
+    assert error.max() < 0.004
+
+
+def test_the_shares_intervals_hold_the_truth_as_often_as_they_say():
+    inside = []
+    for seed in range(60):
+        data = EvaluationSet("projective", 10, 40, 10, 10, 32, seed)
+        a, e = noise(40, 1, 3, seed=2 * seed + 1), noise(40, 10, 3, seed=2 * seed + 2)
+        zeros = torch.zeros(40, 10, 3)
+        row = equivariance.variance_shares(data, a + e, zeros, zeros, torch.zeros(40).double())["invariant"]
+        inside.append(row["low"] < 0.5 < row["high"])
+    assert 0.83 <= np.mean(inside) <= 1  # 95 % of 60, within 4 standard deviations
+
+
+@pytest.mark.parametrize("family", ["projective", "rotation"])
+def test_the_noise_of_sigma_is_a_known_part_of_what_is_unexplained(family):
+    """All four turns are no excuse for noise: what it leaves in their mean is known, and taken out."""
+    data = evaluation_set(family, train_images=300, pairs=300, test_images=200)
+    x, tx, _, _ = planted(data, (2, 0, 1, 0))
+    logvar = math.log(3 / 28)  # of 28 numbers: half of all variance
+    torch.manual_seed(0)
+    rows = measure(data, *(Representation("a", "planted", "sample", *((of, torch.full_like(of, logvar)) for of in both))
+                           for both in (x, tx)), [], CPU)
+    shares = {row["part"]: row["value"] for row in rows if row["measure"] == "share"}
+    assert shares["noise of sigma"] == pytest.approx(0.5, abs=0.02)
+    assert shares["invariant"] == pytest.approx(1 / 3, abs=0.03)
+    drawn, exact = (of.unflatten(0, (data.n, -1)) for of in (
+        tx[1] + math.exp(logvar / 2) * noise(*tx[1].shape, seed=5), tx[1]))
+    exact = equivariance.variance_shares(data, drawn, exact, 0 * exact, torch.full((data.n,), 3.0).double())
+    assert exact["unexplained"]["value"] == pytest.approx(0.5, abs=0.01)
+    assert exact["equivariant"]["value"] == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_features_that_do_not_vary_have_no_shares():
+    data = evaluation_set()
+    rows = scores(data, *([torch.full((n, 4), 0.1) for n in of] for of in ((500, 40), (500, 40 * PER_IMAGE))))
+    assert [value(rows, "share", part, None) for part in PARTS] == [0] * 5
 
 
 # --------------------------------------------------------------------------------------------------------- retrieval
@@ -181,7 +300,7 @@ def test_retrieval_is_its_literal_form_with_ties(closeness):
     predicted = noise(24, PER_IMAGE, 5, seed=2) + closeness * candidates
     measured, shares = equivariance.retrieval(data, predicted, candidates)
     for name, expected in literal_scores(predicted, candidates).items():
-        assert measured[name]["value"] == pytest.approx(expected, abs=1e-9)
+        assert measured[name].mean().item() == pytest.approx(expected, abs=1e-9)
     assert sum(shares) == pytest.approx(1, abs=1e-5) and len(shares) == PER_IMAGE
 
 
@@ -193,7 +312,7 @@ def test_chance_of_60_is_what_a_random_and_a_constant_map_score():
         exact = {"MRR": sum(1 / rank for rank in range(1, 61)) / 60, "H@1": 1 / 60, "H@5": 5 / 60}
         assert {name: round(chance, 3) for name, chance in exact.items()} == {"MRR": 0.078, "H@1": 0.017, "H@5": 0.083}
         for name, chance in exact.items():
-            assert measured[name]["value"] == pytest.approx(chance, abs=tolerance)
+            assert measured[name].mean().item() == pytest.approx(chance, abs=tolerance)
         assert shares == pytest.approx([1 / 60] * 60, abs=max(tolerance, 1e-6))  # rounded to six digits
 
 
@@ -306,7 +425,7 @@ def test_the_targets_of_a_projective_map_are_its_geometry():
     assert constant == pytest.approx(4.11, abs=0.1)
     square = torch.tensor([[[8.0, 0], [24, 0], [24, 16], [8, 16]]], dtype=torch.float64)  # half the side, 8 px up
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(equivariance, "sample_corners", lambda *args: (torch.zeros(1, dtype=torch.long), square))
+        patch.setattr(equivariance, "sample_corners", lambda *_: (torch.zeros(1, dtype=torch.long), square))
         _, targets = FAMILIES["projective"](1, 32, None)
     assert targets["scale"].tolist() == [[0.5]] and targets["translation"].tolist() == [[0, -0.25]]
 
@@ -316,15 +435,29 @@ def test_the_views_are_of_the_transformations_that_the_targets_describe(family):
     """Two images that follow each other share theirs, pixels follow the targets, and x itself is untouched."""
     data = evaluation_set(family, test_images=6, per_image=10)
     for values in data.test_targets.values():
-        by_pair = values.view(3, 2, 10, -1)
-        assert torch.equal(by_pair[:, 0], by_pair[:, 1]) and not torch.equal(by_pair[0], by_pair[1])
+        by_pair = values.view(3, 2, data.per_image, -1)
+        assert torch.equal(by_pair[:, 0], by_pair[:, 1]) and torch.equal(by_pair[0], by_pair[1]) == data.every
     images = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[1] = images[0]
     flat, none = torch.nn.Flatten(), ((0.0,) * 3, (1 / 255,) * 3)  # grey levels as they are
     views, _ = encode(flat, images, *none, CPU, torch.float32, 7, data.test_index, data.test_apply)
-    views = views.view(6, 10, 3, 32, 32)
+    views = views.view(6, data.per_image, 3, 32, 32)
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0, 0], views[0, 1])
-    if family == "projective":
+    if family == "rotation":  # each of the four, exactly
+        exact = torch.stack([images[2].float().rot90(-turns, (1, 2)) for turns in range(4)])
+        assert torch.equal(views[2], exact) and data.test_targets["rotation"][8:12].equal(torch.eye(4))
+    elif family == "translation":  # by whole pixels: what moved in is grey
+        for view, (across, down) in zip(views[2], (32 * data.test_targets["translation"][20:30]).round().int().tolist(),
+                                        strict=True):
+            expected = torch.full((3, 40, 40), 128.0)
+            expected[:, 4 + down : 36 + down, 4 + across : 36 + across] = images[2]
+            assert torch.equal(view, expected[:, 4:36, 4:36])
+    elif family == "scale":  # a ramp has that slope, the other way round
+        ramp = (4 * torch.arange(32)).to(torch.uint8).expand(6, 3, 32, 32)
+        views, _ = encode(flat, ramp, *none, CPU, torch.float32, 7, data.test_index, data.test_apply)
+        slope = views.view(6, 10, 3, 32, 32)[2, :, 0, 16].diff()[:, 10:20].mean(1) / 4
+        assert (1 / slope).numpy() == pytest.approx(data.test_targets["scale"][20:30, 0].numpy(), abs=2e-3)
+    elif family == "projective":
         t = data.test_targets["t"][20:30].double()  # of image 2
         t = t * torch.tensor([1, 1, 20, 1, 1, 20, 0.015, 0.015]) + torch.tensor([0, 0, 16, 0, 0, 16.0, 0, 0])
         expected = projective_warp(images[2:3].expand(10, -1, -1, -1).float(), t)
@@ -334,6 +467,46 @@ def test_the_views_are_of_the_transformations_that_the_targets_describe(family):
         assert torch.corrcoef(torch.stack([brighter, data.test_targets["brightness"][20:30, 0]]))[0, 1] > 0.8
     else:
         assert set(data.test_targets) >= {"crop position", "crop size"} and data.test_targets["crop size"].max() <= 1
+
+
+def views_of(images, family, border, n=200, fill=128.0):
+    """images[0] under n transformations, in grey levels, and which of its pixels read a point inside of the image."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(equivariance, "warp_batch", partial(warp_batch, fill=fill))
+        apply, _ = FAMILIES[family](n, images.shape[3], torch.Generator().manual_seed(3), border)
+    return apply(images, torch.zeros(n, dtype=torch.long), torch.arange(n), torch.ones(3), torch.zeros(3),
+                 torch.float32)
+
+
+@pytest.mark.parametrize("family", ["projective", "scale", "translation"])
+def test_borders_show_the_same_inside_and_no_corner_outside(family):
+    images = torch.randint(1, 255, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    grey, reflected = views_of(images, family, "grey"), views_of(images, family, "reflect")
+    outside = views_of(torch.zeros_like(images), family, "grey") == 128
+    assert outside.float().mean() > 0.05 and grey[outside].eq(128).all()
+    assert (grey - reflected)[~outside].abs().max() < 0.05  # grey levels
+    flat = torch.full_like(images, 77)
+    assert (views_of(flat, family, "reflect") - 77).abs().max() < 1e-3
+    for side in (8, 32, 33):  # nothing outside is ever read
+        assert views_of(flat[..., :1, :1].expand(1, 3, side, side), family, "inside", n=20_000 // side).eq(77).all()
+
+
+def test_a_reflected_image_goes_on_as_in_mirrors():
+    """A ramp of 32 columns, moved 5 pixels to the right and to the left, and 50, beyond the mirror's own edge."""
+    ramp, columns = torch.arange(32.0).expand(1, 1, 32, 32), torch.arange(32)
+    for shift in (5, -5, 50):
+        moved = equivariance.reflected_warp(ramp, torch.tensor([[1.0, 0, -shift, 0, 1, 0, 0, 0]]))
+        mirror = torch.cat([torch.arange(32), torch.arange(31, -1, -1)])
+        assert torch.allclose(moved[0, 0, 7], mirror[(columns - shift) % 64].float(), atol=1e-4)
+
+
+def test_inside_is_a_zoom_after_the_transformation():
+    """Of a ramp: its middle, enlarged, at the same place in all views; x itself is whole."""
+    coefficients = torch.tensor([[1.1, 0.1, -2, 0.05, 0.9, 3, 0.002, -0.001]], dtype=torch.float64)
+    images = 4 * torch.arange(32.0).expand(1, 1, 32, 32) + 2 * torch.arange(32.0)[:, None]
+    small = projective_warp(images, equivariance.zoom(coefficients, 32, 0.5))
+    whole = projective_warp(images, coefficients)[0, 0, 8:24, 8:24]
+    assert torch.allclose(small[0, 0].view(16, 2, 16, 2).mean((1, 3)), whole, atol=0.05)
 
 
 def test_the_penalty_is_chosen_on_images_of_its_own():
@@ -379,7 +552,7 @@ def test_the_decoder_s_prediction_is_of_phase_one_and_chance_unless_it_sees_t(tm
     if not steerable:
         measured, _ = equivariance.retrieval(data, predicted, candidates)
         for measure, chance in CHANCE.items():
-            assert measured[measure]["value"] == pytest.approx(chance, abs=1e-9)
+            assert measured[measure].mean().item() == pytest.approx(chance, abs=1e-9)
     assert list(predict(evaluation_set("crop", test_images=10), x, z)) == []
 
 
@@ -399,6 +572,41 @@ def test_the_hypernetwork_takes_the_code_from_the_other_image(tmp_path):
         assert torch.equal(candidates[image, 7], tx[image * PER_IMAGE + 7])
         assert torch.allclose(goal[image, 7], model.equi_projector(candidates[image, 7][None])[0], atol=1e-4)
         assert torch.allclose(after[image, 7], model.equi_projector(predicted[image, 7][None])[0], atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- the controls
+
+
+def test_under_turns_the_steerable_control_gets_full_marks_and_the_invariant_one_chance(tmp_path, monkeypatch):
+    save(tmp_path / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["equivariance.py", "ba.ckpt", "--transformations", "rotation", "--rows",
+                                     "baselines", "--images", "130", "--pairs", "500"])
+    rows, _, _ = equivariance.probe_equivariance(equivariance.parse_args(), CPU)
+
+    def found(method, measure, **of):
+        (row,) = [row for row in rows if row["method"].startswith(method) and row["measure"] == measure
+                  and all(row.get(name) == value for name, value in of.items()) and row["features"] != "sample"]
+        assert row["per_image"] == 4
+        return row["value"]
+
+    for score, chance in (("MRR", (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4), ("H@1", 1 / 4)):
+        assert found("steerable", score, map="ridge") == 1
+        assert found("invariant", score, map="ridge") == pytest.approx(chance, abs=1e-12)
+        for other in ("random encoder", "raw pixels"):
+            assert chance < found(other, score, map="ridge") <= 1
+    assert found("invariant", "share", part="invariant") == pytest.approx(1, abs=1e-9)
+    assert found("invariant", "moved") == pytest.approx(0, abs=1e-9)
+    assert found("steerable", "share", part="unexplained") < 0.25 * found("random", "share", part="unexplained")
+
+
+@torch.no_grad()
+def test_a_turn_of_the_image_permutes_the_steerable_control():
+    control, images = equivariance.FourTurns(8, 0), torch.rand(2, 3, 8, 8)
+    stacked, turned = (control(of).unflatten(1, (4, -1)) for of in (images, images.rot90(1, (2, 3))))
+    assert torch.allclose(turned, stacked.roll(-1, 1), atol=1e-6) and not torch.allclose(turned, stacked, atol=1e-4)
+    average = stacked.mean(1)
+    assert torch.allclose(equivariance.average_of_turns(stacked.flatten(1)), average, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -424,11 +632,13 @@ def test_the_command_measures_every_row(measured):
     representations = {(row["checkpoint"], row["method"], row["features"]) for row in rows}
     assert representations == {("ba.ckpt", "vte_ba", "sample"), ("ba.ckpt", "vte_ba", "mu"), ("stl.ckpt", "stl", None),
                                (None, "random encoder (nin)", "sample"), (None, "random encoder (nin)", "mu"),
+                               (None, "steerable control", None), (None, "invariant control", None),
                                (None, "raw pixels", None)}
     for row in rows:
         assert row["low"] <= row["value"] <= row["high"] or row["low"] == pytest.approx(row["high"]), row
         assert row["test_images"] == 10 and row["per_image"] == 12 and row["dataset"] == "digits"
-    learned = {(row["transformations"], row["map"]) for row in rows if row.get("map", "ridge") != "ridge"}
+    learned = {(row["transformations"], row["map"]) for row in rows
+               if row.get("map", "ridge") not in ("ridge", "t alone")}
     assert learned == {(family, name) for family in ("projective", "crop")
                        for name in ("hypernetwork", "hypernetwork, projected")} | {("projective",
                                                                                     "decoder, which never sees t")}
@@ -437,7 +647,7 @@ def test_the_command_measures_every_row(measured):
     assert blind["value"] == pytest.approx(sum(1 / rank for rank in range(1, 13)) / 12, abs=1e-9)
     assert blind["low"] == pytest.approx(blind["high"]) and len(blind["ranks"]) == 12
     for shown in ("knowing the rotation", "its hypernetwork, projected", "its decoder, which never sees t",
-                  "95 % interval, at most", "Crop transformations", "z sampled"):
+                  "95 % interval, at most", "Crop transformations", "z sampled", "the same for all images"):
         assert shown in printed
     written = json.loads((folder / "rows.json").read_text())
     assert written["made_with"]["seconds"] > 0 and "equivariance.py ba.ckpt" in written["made_with"]["command"]
@@ -460,16 +670,18 @@ def test_the_page_is_filled_between_its_marks(measured):
     assert page.count("z sampled: drawn from N(mu, sigma²); these rows are in what --json writes") == 1
     tables = page_tables(page)
     assert list(tables) == [f"{family} transformations, {question}" for family in ("Projective", "Crop")
-                            for question in ("predicted from x and t(x)", "predicted from t(x) alone",
-                                             "retrieval and movement")]
+                            for question in ("shares of the variance of f(t(x))", "predicted from x and t(x)",
+                                             "predicted from t(x) alone", "retrieval and movement")]
+    assert all(len(line) <= 6 for table in tables.values() for line in table.values())
     line = "vte_ba (ba.ckpt)", "mu"
     for question, heading, name, target, source in (
             ("predicted from x and t(x)", "t R²", "R2", "t", "x and t(x)"),
             ("predicted from t(x) alone", "t R²", "R2", "t", "t(x)"),
-            ("predicted from x and t(x)", "t error", "squared error", "t", "x and t(x)"),
+            ("shares of the variance of f(t(x))", "invariant", "share", "invariant", None),
             ("predicted from t(x) alone", "rotation", "accuracy", "rotation", "t(x)"),
+            ("retrieval and movement", "excess H@1", "excess H@1", None, None),
             ("retrieval and movement", "moved", "moved", None, None)):
-        (row,) = [row for row in rows if (row["measure"], row.get("target"), row.get("from")) == (
+        (row,) = [row for row in rows if (row["measure"], row.get("target") or row.get("part"), row.get("from")) == (
             name, target, source) and row["checkpoint"] == "ba.ckpt" and row["features"] == "mu"
             and row["transformations"] == "projective"]
         assert tables[f"Projective transformations, {question}"][line][heading] == f"{row['value']:.3f}"
@@ -484,8 +696,6 @@ def test_what_knowing_nothing_and_the_rotation_score_is_computed(measured):
     tables = page_tables((folder / "page.md").read_text())
     predicted, retrieved = (tables[f"Projective transformations, {question}"] for question in (
         "predicted from x and t(x)", "retrieval and movement"))
-    assert predicted["knowing nothing", ""]["t error"] == f"{errors['constant_predictor']:.3f}"
-    assert predicted["knowing the rotation", ""]["t error"] == f"{errors['rotation_only']:.3f}"
     explained = 1 - errors["rotation_only"] / errors["constant_predictor"]
     assert predicted["knowing the rotation", ""]["t R²"] == f"{explained:.3f}"
     assert predicted["knowing nothing", ""]["rotation"] == "0.250"
@@ -495,7 +705,7 @@ def test_what_knowing_nothing_and_the_rotation_score_is_computed(measured):
 def test_the_same_seed_measures_the_same_whatever_stands_beside(measured, monkeypatch):
     folder, _, rows = measured
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", ["equivariance.py", "stl.ckpt", *FEW])
+    monkeypatch.setattr("sys.argv", ["equivariance.py", "stl.ckpt", *FEW, "--rows", "checkpoints"])
     again, _, _ = equivariance.probe_equivariance(equivariance.parse_args(), CPU)
     before, found = ([row["value"] for row in of if row["checkpoint"] == "stl.ckpt"
                       and row["transformations"] == "projective"] for of in (rows, again))
