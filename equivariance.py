@@ -464,7 +464,7 @@ def measure(data, original, transformed, learned, device):
 
 def probe_equivariance(args, device):
     """Returns rows, dicts that --json writes, tables, and the notes to print under them."""
-    checkpoints, dataset = load_checkpoints(args.checkpoints, args.dataset)
+    checkpoints, dataset = load_checkpoints(args)
     dtype = choose_precision(args.precision, device)
     size, generator = checkpoints[0][2]["config"]["image_size"], torch.Generator().manual_seed(args.seed)
 
@@ -560,7 +560,8 @@ def column(row):
     """The heading under which a row's value stands; None for what only --json tells."""
     if row["measure"] == "share":
         return None if row["part"] in ("image by image", "noise of sigma") else row["part"]
-    if row.get("map") == "t alone" or row["measure"] in ("excess MRR", "excess H@5"):
+    if (row.get("map") == "t alone" or row["measure"] in ("excess MRR", "excess H@5")
+            or row.get("from") == "x and t(x), no products"):  # in older files
         return None
     alone = ALONE if row.get("from") == "t(x)" else ""
     if row["measure"] == "squared error":
