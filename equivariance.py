@@ -38,6 +38,7 @@ from probe import (
 RIDGE_PENALTIES = [10.0**power for power in range(-3, 4)]  # times the kernel's mean diagonal
 RIDGE_VALIDATION = 0.2  # of the training images, to choose the penalty on
 BOOTSTRAP = 1000
+COMPOSITION = ("two in turn", "ρ(g)ρ(h) - ρ(gh)", "ρ(g)⁴ - 1")
 
 
 # ------------------------------------------------------------------------------------------------- transformations
@@ -151,6 +152,12 @@ class EvaluationSet:
         self.test_targets = {name: values[shared] for name, values in drawn.items()}
         self.test_apply = lambda images, index, rows, *rest: apply(images, index, shared[rows], *rest)
 
+        def apply_twice(images, index, rows, scale, shift, dtype):
+            once = self.test_apply(images, index, rows, torch.ones_like(scale), torch.zeros_like(shift), torch.float32)
+            after = rows - rows % per_image + (rows + 1) % per_image
+            return self.test_apply(once, torch.arange(len(once), device=once.device), after, scale, shift, dtype)
+
+        self.apply_twice = apply_twice  # t2(t1(x)), t2 being the next of the image's transformations, in a circle
         drawn = torch.randint(0, self.n // 2, (BOOTSTRAP, self.n // 2), generator=generator)  # two images each
         counts = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
         self.weights = torch.cat([torch.ones(1, self.n).double(), counts.repeat_interleave(2, 1)])  # (1 + B, n)
@@ -200,15 +207,14 @@ def ridge(kernel, targets, held_out, together=False):
     return coefficients
 
 
-def regress(held_out, train, test, targets, device, together=False):
-    """Ridge regression from blocks of inputs and, if there are two, all products of the one with the other. train,
-    test: lists of (N, D) and (M, D); targets (N, k). Returns predictions (M, k) float32 on the CPU.
+def regress(held_out, train, targets, device, together=False):
+    """Ridge regression from blocks of inputs and, if there are two, all products of the one with the other. train: a
+    list of (N, D); targets (N, k). Returns a function: a list of (M, D) -> predictions (M, k) float32 on the CPU.
 
     The kernel of [a, b, a x b] is the product of two linear kernels, (1 + a.a' / D) (1 + b.b' / D'), so the inputs
     themselves, N x (D + 1) (D' + 1), are never made."""
     scales = [standardizer(block) for block in train]
-    train, test = ([scaled(block).to(device) for scaled, block in zip(scales, blocks, strict=True)]
-                   for blocks in (train, test))
+    train = [scaled(block).to(device) for scaled, block in zip(scales, train, strict=True)]
 
     def kernel(rows, columns):
         products = 1
@@ -220,8 +226,13 @@ def regress(held_out, train, test, targets, device, together=False):
     targets = targets.double().to(device)
     mean = targets.mean(0)
     dual = ridge(kernel(exact, exact), targets - mean, held_out.to(device), together).float()
-    parts = zip(*(block.split(1000) for block in test), strict=True)
-    return torch.cat([(kernel(part, train) @ dual + mean.float()).cpu() for part in parts])
+
+    def predict(blocks):
+        parts = zip(*(scaled(block).split(1000) for scaled, block in zip(scales, blocks, strict=True)), strict=True)
+        return torch.cat([(kernel([block.to(device) for block in part], train) @ dual + mean.float()).cpu()
+                          for part in parts])
+
+    return predict
 
 
 def predict_targets(data, train, test, device):
@@ -230,7 +241,7 @@ def predict_targets(data, train, test, device):
     Returns {(name, measure): interval}: accuracy of the rotation, the largest of its four outputs; of all else the
     squared error, summed over its numbers, and R2 = 1 - squared error / that of the training mean."""
     known, truth = (targets.double() for targets in data.joined_targets())
-    predicted = regress(data.held_out, train, test, known, device).double()
+    predicted = regress(data.held_out, train, known, device)(test).double()
     widths, measured = [values.shape[1] for values in data.train_targets.values()], {}
     columns = (values.split(widths, -1) for values in (predicted, truth, known.mean(0)))
     for name, guess, answer, mean in zip(data.train_targets, *columns, strict=True):
@@ -245,20 +256,15 @@ def predict_targets(data, train, test, device):
     return measured
 
 
-def ridge_map(data, x, tx, test_x, device):
+def ridge_map(data, x, tx, device):
     """An equivariant map for methods that have none: predicts f(t(x)) from f(x) and t. x, tx (N, D): the features of
-    the training pairs; test_x (n, D). Returns (n, T, D).
+    the training pairs. Returns a function: features (M, D) and targets (M, k) -> (M, D).
 
     It is linear in the feature, and its matrix and its offset are affine in the targets: a ridge regression from f, t
     and all products of the two. f and t alone would not do: such a map adds the same offset to every image, while an
-    equivariant representation acts on the feature by a matrix that depends on t.
-
-    x, test_x None: predicts f(t(x)) from t alone, affine in the targets and the same for all images."""
-    targets, test_targets = ([block] for block in data.joined_targets())
-    if x is not None:
-        targets, test_targets = [x, *targets], [test_x[data.test_index], *test_targets]
-    predicted = regress(data.held_out, targets, test_targets, tx, device, together=True)
-    return predicted.unflatten(0, (data.n, data.per_image))
+    equivariant representation acts on the feature by a matrix that depends on t."""
+    predict = regress(data.held_out, [x, data.joined_targets()[0]], tx, device, together=True)
+    return lambda features, targets: predict([features, targets])
 
 
 def variance_shares(data, features, by_map, by_t, noise):
@@ -353,6 +359,36 @@ def movement(data, x, tx):
     return data.with_interval(ratio)
 
 
+def composition(data, act, x, by_map, features, twice=None):
+    """Does the ridge map rho(t) compose? Mean squared errors relative to its own, |rho(t) f(x) - f(t(x))|^2. Of two
+    maps in turn: |rho(t2) rho(t1) f(x) - f(t2(t1(x)))|^2. Of quarter turns g and h, which are to be a group: |rho(g)
+    rho(h) f(x) - rho(gh) f(x)|^2 and, g being the first, |rho(g)^4 f(x) - f(x)|^2.
+
+    act: the function that `ridge_map` returns. x (n, D): f(x). by_map, features (n, T, D): rho(t) f(x) and f(t(x)).
+    twice (n * T, D): of t2(t1(x)), t2 being the next of the T; of quarter turns None, since all 16 products are turns.
+    Returns {measure: interval}."""
+    def error(found, wanted):  # (n, ..., D) both -> (n,)
+        return (found.double() - wanted.double()).square().sum(-1).flatten(1).mean(1)
+
+    def after(targets):  # rho(t2) rho(t1) f(x), (n, T, D)
+        return act(by_map.flatten(0, 1), targets).unflatten(0, by_map.shape[:2])
+
+    if data.every:
+        turns = torch.eye(4).repeat_interleave(4 * data.n, 0).split(4 * data.n)  # each for all images under all four
+        products = [after(turn) for turn in turns]
+        fourth = x
+        for _ in range(4):
+            fourth = act(fourth, turns[1][: len(x)])
+        sought = [[of.roll(-turn, 1) for turn in range(4)] for of in (features, by_map)]
+        errors = [sum(map(error, products, of)) / 4 for of in sought] + [error(fourth[:, None], x[:, None])]
+    else:
+        following = data.joined_targets()[1].unflatten(0, (data.n, -1)).roll(-1, 1).flatten(0, 1)
+        errors = [error(after(following), twice.unflatten(0, (data.n, -1)))]
+    own = error(by_map, features)
+    return {name: data.with_interval(lambda w, e=e: w @ e / (w @ own).clamp(min=1e-12))
+            for name, e in zip(COMPOSITION, errors, strict=False)}
+
+
 # ------------------------------------------------------------------------------------- maps that a method has learned
 #
 # A function of (checkpoint, path) that returns the encoder whose features of t(x) the map predicts, None for the
@@ -433,14 +469,17 @@ def average_of_turns(stacked):
 
 
 @torch.no_grad()
-def measure(data, original, transformed, learned, device):
+def measure(data, original, transformed, twice, learned, device):
     """All measures of one row, dicts with measure, value, low and high. original, transformed: representations of x,
     (M, D) and (n, D), and of t(x), (N, D) and (n * T, D). learned: pairs of a learned map's `predict` and the test
     features (n * T, D) that it is to predict."""
     x, test_x = original.draw("train")[data.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
-    candidates = test_tx.unflatten(0, (data.n, -1))
-    by_map, by_t = ridge_map(data, x, tx, test_x, device), ridge_map(data, None, tx, None, device)
+    (known, told), shape = data.joined_targets(), (data.n, data.per_image)
+    candidates = test_tx.unflatten(0, shape)
+    act = ridge_map(data, x, tx, device)
+    by_map = act(test_x[data.test_index], told).unflatten(0, shape)
+    by_t = regress(data.held_out, [known], tx, device, together=True)([told]).unflatten(0, shape)
     logvar = transformed.logvar["test"] if transformed.sampled else torch.full((len(test_tx), 1), -torch.inf)
     noise = data.per_image_sum(logvar.exp().sum(1)) / data.per_image
     rows = [{"measure": "share", "part": part, **interval} for part, interval
@@ -459,6 +498,9 @@ def measure(data, original, transformed, learned, device):
         rows[-len(scores[name])]["ranks"] = shares
     rows += [{"measure": f"excess {score}", "map": "ridge", **data.mean(values - scores["t alone"][score])}
              for score, values in scores["ridge"].items()]
+    if twice or data.every:
+        measured = composition(data, act, test_x, by_map, candidates, twice and twice.draw("test"))
+        rows += [{"measure": name, "map": "ridge", **interval} for name, interval in measured.items()]
     return [*rows, {"measure": "moved", **movement(data, test_x, test_tx)}]
 
 
@@ -478,23 +520,28 @@ def probe_equivariance(args, device):
     images, test_images = some_images("train", args.pairs), some_images("test", args.images)
     test_images = test_images[: len(test_images) - len(test_images) % 2]
 
-    def encoded(data, encoder, config):
-        """(training, test) features of x, and of t(x)."""
-        torch.manual_seed(args.seed)  # a row does not depend on the rows above it
-        views = ({}, {}), ({"index": data.train_index, "apply": data.train_apply},
-                           {"index": data.test_index, "apply": data.test_apply})
-        return [[encode(encoder, split, config["mean"], config["std"], device, dtype, **which)
-                 for split, which in zip((images, test_images), of, strict=True)] for of in views]
+    def features(encoder, config, split, index=None, apply=None):
+        return encode(encoder, split, config["mean"], config["std"], device, dtype, index=index, apply=apply)
 
-    def measured(data, name, method, x, tx, predict=None, wanted=None):
+    def encoded(data, encoder, config):
+        """(training, test) features of x and of t(x), and of t2(t1(x)) where asked for, which has no training pairs."""
+        torch.manual_seed(args.seed)  # a row does not depend on the rows above it
+        of = partial(features, encoder, config)
+        splits = [(of(images), of(test_images)), (of(images, data.train_index, data.train_apply),
+                                                  of(test_images, data.test_index, data.test_apply))]
+        if args.compose and not data.every:
+            splits.append(2 * (of(test_images, data.test_index, data.apply_twice),))
+        return splits
+
+    def measured(data, name, method, x, tx, twice=None, predict=None, wanted=None):
         for kind in [None] if x[0][1] is None else ["sample", "mu"]:
             torch.manual_seed(args.seed)
-            original, transformed = (Representation(name, method, kind, *splits) for splits in (x, tx))
+            represented = [splits and Representation(name, method, kind, *splits) for splits in (x, tx, twice)]
             learned = [(predict, Representation(name, method, kind, wanted, wanted).draw("test"))] if predict else []
             row = {"checkpoint": name, "method": method, "features": kind, "transformations": data.family,
                    "border": data.border, "dataset": dataset, "test_images": data.n, "per_image": data.per_image,
                    "pairs": args.pairs, "seed": args.seed}
-            yield from ({**row, **found} for found in measure(data, original, transformed, learned, device))
+            yield from ({**row, **found} for found in measure(data, *represented, learned, device))
 
     rows = []
     for family in dict.fromkeys(args.transformations or ("projective", "crop", "colour")):
@@ -510,9 +557,11 @@ def probe_equivariance(args, device):
             load = next((load for begin, load in LEARNED_MAPS.items() if method.startswith(begin)), None)
             exported = checkpoint["model"] is checkpoint["encoder"]  # without the map
             target_encoder, predict = load(checkpoint, path) if load and not exported else (None, None)
-            x, tx = encoded(data, encoder, config)
-            wanted = encoded(data, target_encoder, config)[1][1] if target_encoder else tx[1]
-            rows += measured(data, name, method, x, tx, predict, wanted)
+            x, tx, *twice = encoded(data, encoder, config)
+            wanted = tx[1]
+            if target_encoder:
+                wanted = features(target_encoder, config, test_images, data.test_index, data.test_apply)
+            rows += measured(data, name, method, x, tx, *twice, predict=predict, wanted=wanted)
         if args.rows == "checkpoints":
             continue
         for kind, config in architectures(members).items():
@@ -538,6 +587,9 @@ def probe_equivariance(args, device):
         "MRR, H@1: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
         "same image; by a ridge regression on f(x), t and their products, or (its ...) by the method's own map; excess "
         "H@1: over that of a ridge regression on t alone",
+        *["does the map compose: mean squared errors over the ridge map's own: the map of t2 after that of t1, against "
+          "f(t2(t1(x))); for quarter turns also against the map of both, and a turn four times against f(x)"]
+        * any(question(row) == "composition" for row in rows),
         "moved: mean |f(t(x)) - f(x)|² over mean |f(x) - f(x')|²; 0 is invariant",
         *["controls: a small untrained network's features over the four quarter turns of the image, stacked (exactly "
           "steerable under rotation) and averaged (exactly invariant)"] * (args.rows != "checkpoints"),
@@ -552,7 +604,7 @@ def probe_equivariance(args, device):
 
 ALONE = ", t(x) alone"
 QUESTIONS = {"share": "shares of the variance of f(t(x))", "x and t(x)": "predicted from x and t(x)",
-             "t(x)": "predicted from t(x) alone", None: "retrieval and movement"}
+             "t(x)": "predicted from t(x) alone", None: "retrieval and movement", "composition": "does the map compose"}
 ONLY_STUDIES = ("t error", "H@5")  # tables of at most six columns lack these
 
 
@@ -571,25 +623,32 @@ def column(row):
     return row["measure"]
 
 
+def question(row):
+    """Which of QUESTIONS a row answers."""
+    return "composition" if row["measure"] in COMPOSITION else "share" if row["measure"] == "share" else row.get("from")
+
+
 def make_tables(rows, errors):
-    """For each family of transformations four of `probe.Table`: the shares, what is predicted from x and t(x), what
-    from t(x) alone, and retrieval and movement. errors: what `reference_errors` returns."""
+    """For each family of transformations a `probe.Table` for each of QUESTIONS. errors: what `reference_errors`
+    returns."""
     rotation = {"rotation": 1.0, "t R²": 1 - errors["rotation_only"] / errors["constant_predictor"]}
     tables = []
     for family in dict.fromkeys(row["transformations"] for row in rows):
         per_image = next(row["per_image"] for row in rows if row["transformations"] == family)
         nothing = {"rotation": 0.25, "H@1": 1 / per_image, "excess H@1": 0.0,
                    "MRR": sum(1 / rank for rank in range(1, per_image + 1)) / per_image}
-        for key, question in QUESTIONS.items():
-            found = [(column(row).removesuffix(ALONE), row) for row in rows if row["transformations"] == family
-                     and row.get("from", "share" if row["measure"] == "share" else None) == key and column(row)]
+        for key, title in QUESTIONS.items():
+            found = [(column(row).removesuffix(ALONE), row) for row in rows
+                     if row["transformations"] == family and question(row) == key and column(row)]
+            if not found:
+                continue
             headings = [heading for heading in dict.fromkeys(heading for heading, _ in found)
                         if heading not in ONLY_STUDIES][:4]
             widest, cells = {}, {}
             for heading, row in found:
                 widest[heading] = max(widest.get(heading, 0.0), (row["high"] - row["low"]) / 2)
                 cells.setdefault(row_label(row), {})[heading] = row["value"]
-            if key != "share":
+            if key not in ("share", "composition"):
                 no_r2 = {heading: 0.0 for heading in headings if heading.endswith("R²")}
                 cells["knowing nothing", ""] = {**no_r2, **nothing}
             if "t R²" in headings:
@@ -597,7 +656,7 @@ def make_tables(rows, errors):
             cells["95 % interval, at most ±", ""] = widest
             lines = [[*label, *(f"{round(of[heading], 3) + 0.0:.3f}" if heading in of else ""  # never -0.000
                                 for heading in headings)] for label, of in cells.items()]
-            tables.append(Table(f"{family.capitalize()} transformations, {question}", ["", "features", *headings],
+            tables.append(Table(f"{family.capitalize()} transformations, {title}", ["", "features", *headings],
                                 lines))
     return tables
 
@@ -613,6 +672,9 @@ def parse_args():
         help="what a transformed image shows outside of x: grey, as in training, which gives t away; x reflected; or "
         "nothing, each t being followed by the same zoom into what is always inside (x itself is whole); crops and "
         "colours show nothing outside")
+    add("--compose", action="store_true",
+        help="also compare the ridge map used twice with t2(t1(x)), whose features take half the time again; of "
+        "rotation always")
     add("--images", type=number(int, 10), default=300, metavar="N", help="test images")
     add("--per-image", type=number(int, 10), default=60, metavar="N",
         help="transformations of each test image, the candidates in retrieval; of rotation all 4")

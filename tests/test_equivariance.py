@@ -49,7 +49,7 @@ def scores(data, x, tx):
     """x, tx: pairs of (training, test) features. The measures of a deterministic representation, by their names."""
     original, transformed = (Representation("a.ckpt", "planted", None, *((features, None) for features in splits))
                              for splits in (x, tx))
-    rows = measure(data, original, transformed, [], CPU)
+    rows = measure(data, original, transformed, None, [], CPU)
     return {(row["measure"], row.get("target") or row.get("part"), row.get("from")): row for row in rows
             if row.get("map") != "t alone"}
 
@@ -111,7 +111,8 @@ def test_an_encoder_that_turns_with_the_rotation_is_found_by_a_map_that_multipli
     content = noise(800, 6), noise(40, 6, seed=2)
     tx = [torch.einsum("noi,ni->no", turns[targets["rotation"].argmax(1)], of[index]) for of, index, targets in
           zip(content, (data.train_index, data.test_index), (data.train_targets, data.test_targets), strict=True)]
-    predicted = ridge_map(data, content[0][data.train_index], tx[0], content[1], CPU).flatten(0, 1)
+    act = ridge_map(data, content[0][data.train_index], tx[0], CPU)
+    predicted = act(content[1][data.test_index], data.joined_targets()[1])
     assert torch.nn.functional.cosine_similarity(predicted, tx[1]).min() > 0.98
     rows = scores(data, content, tx)
     # The true one is first, with all others of its rotation, which have the very same features.
@@ -153,7 +154,7 @@ def test_sampled_features_are_measured_with_their_noise():
         transformed = Representation("a", "planted", kind, *((t, torch.full_like(t, logvar)) for t in targets))
         torch.manual_seed(0)
         rows = {(row["measure"], row.get("target"), row.get("from")): row for row in
-                measure(data, original, transformed, [], CPU) if row.get("map") != "t alone"}
+                measure(data, original, transformed, None, [], CPU) if row.get("map") != "t alone"}
         return value(rows, "R2", "scale"), value(rows, "moved")
 
     exact, noisy = r2("mu", 0.0), r2("sample", 0.0)
@@ -257,7 +258,7 @@ def test_the_noise_of_sigma_is_a_known_part_of_what_is_unexplained(family):
     logvar = math.log(3 / 28)  # of 28 numbers: half of all variance
     torch.manual_seed(0)
     rows = measure(data, *(Representation("a", "planted", "sample", *((of, torch.full_like(of, logvar)) for of in both))
-                           for both in (x, tx)), [], CPU)
+                           for both in (x, tx)), None, [], CPU)
     shares = {row["part"]: row["value"] for row in rows if row["measure"] == "share"}
     assert shares["noise of sigma"] == pytest.approx(0.5, abs=0.02)
     assert shares["invariant"] == pytest.approx(1 / 3, abs=0.03)
@@ -272,6 +273,54 @@ def test_features_that_do_not_vary_have_no_shares():
     data = evaluation_set()
     rows = scores(data, *([torch.full((n, 4), 0.1) for n in of] for of in ((500, 40), (500, 40 * PER_IMAGE))))
     assert [value(rows, "share", part, None) for part in PARTS] == [0] * 5
+
+
+# ------------------------------------------------------------------------------------------------------- composition
+
+
+def test_turns_that_act_compose_and_turns_that_add_do_not():
+    """f(gx) = R(g) f(x) + a(g) + noise of variance 1, which no map tells. Two maps in turn add R(h) a(g) + a(h) where
+    one adds a(gh)."""
+    data = evaluation_set("rotation", train_images=10, pairs=10, test_images=200)
+    x = noise(200, 8)
+    for scale in (0, 1):
+        offset = scale * noise(4, 8, seed=3)
+
+        def act(features, targets, offset=offset):
+            which = targets.argmax(1)
+            return torch.einsum("noi,ni->no", TURNS[which], features) + offset[which]
+
+        by_map = act(x[data.test_index], data.joined_targets()[1])
+        features = by_map + noise(800, 8, seed=5) / math.sqrt(8)
+        found = equivariance.composition(data, act, x, *(of.unflatten(0, (200, 4)) for of in (by_map, features)))
+        lacking = np.mean([(TURNS[h] @ offset[g] + offset[h] - offset[(g + h) % 4]).square().sum().item()
+                           for g in range(4) for h in range(4)])
+        fourth = sum(torch.linalg.matrix_power(TURNS[1], k) @ offset[1] for k in range(4)).square().sum().item()
+        assert (fourth < 1e-9) and (lacking > 5) == (scale == 1)  # the four turns of a(g) add to nothing
+        expected = dict(zip(equivariance.COMPOSITION, (1 + lacking, lacking, fourth), strict=True))
+        for name, ratio in expected.items():
+            assert found[name]["value"] == pytest.approx(ratio, rel=0.05, abs=1e-5), (scale, name)
+    growing = equivariance.composition(data, lambda features, targets: 1.1 * act(features, targets), x,
+                                       *(of.unflatten(0, (200, 4)) for of in (by_map, features)))
+    assert growing["ρ(g)⁴ - 1"]["value"] > 0.5  # 1.1^4 is not 1
+
+
+def test_two_transformations_in_turn_are_the_product_of_their_maps():
+    """t2(t1(x)) by translations alone: where nothing came in from outside, the sum of both shifts; and a map that adds
+    the shift to a feature composes as well as it predicts."""
+    data = evaluation_set("translation", test_images=10, per_image=10)
+    images = torch.randint(0, 256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    views = data.apply_twice(images, data.test_index, torch.arange(100), torch.ones(3), torch.zeros(3), torch.float32)
+    shifts = (32 * data.test_targets["translation"]).round().int().view(10, 10, 2)
+    both = (shifts + shifts.roll(-1, 1)).view(100, 2)
+    for view, image, (across, down) in zip(views, images[data.test_index], both.tolist(), strict=True):
+        assert torch.equal(view[:, 8:24, 8:24], image[:, 8 - down : 24 - down, 8 - across : 24 - across].float())
+    told = data.joined_targets()[1]
+    x, spread = noise(10, 2), noise(100, 2, seed=2)
+    rho = x[data.test_index] + told
+    found = equivariance.composition(data, lambda features, targets: features + targets, x, rho.view(10, 10, 2),
+                                     (rho + spread).view(10, 10, 2), x[data.test_index] + both / 32 + 3 * spread)
+    assert found["two in turn"]["value"] == pytest.approx(9, rel=1e-4) and len(found) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- retrieval
@@ -360,7 +409,8 @@ def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_trans
     penalty = 0.1 * inputs.square().sum(1).mean().item()
     literal = Ridge(penalty, fit_intercept=False).fit(inputs, (tx - tx.mean(0)).double())
     expected = literal.predict(products(test_x[data.test_index], test_d)) + tx.mean(0).numpy()
-    assert ridge_map(data, x, tx, test_x, CPU).flatten(0, 1).numpy() == pytest.approx(expected, abs=1e-4)
+    found = ridge_map(data, x, tx, CPU)(test_x[data.test_index], test_targets)
+    assert found.numpy() == pytest.approx(expected, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- intervals, movement
@@ -622,7 +672,7 @@ def measured(module_folder):
     save(folder / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
     save(folder / "stl.ckpt", "stl", small_stl(), preset="code", inv=1.0, equi=1.0, trans=0.1, probabilistic=False)
     (folder / "page.md").write_text("# Before\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nAfter.\n")
-    result = run("equivariance.py", "ba.ckpt", "stl.ckpt", "--transformations", "projective", "crop", *FEW,
+    result = run("equivariance.py", "ba.ckpt", "stl.ckpt", "--transformations", "projective", "crop", *FEW, "--compose",
                  "--json", "rows.json", "--markdown", "page.md", cwd=folder)
     return folder, result.stdout, read_rows(folder / "rows.json")
 
@@ -671,7 +721,8 @@ def test_the_page_is_filled_between_its_marks(measured):
     tables = page_tables(page)
     assert list(tables) == [f"{family} transformations, {question}" for family in ("Projective", "Crop")
                             for question in ("shares of the variance of f(t(x))", "predicted from x and t(x)",
-                                             "predicted from t(x) alone", "retrieval and movement")]
+                                             "predicted from t(x) alone", "retrieval and movement",
+                                             "does the map compose")]
     assert all(len(line) <= 6 for table in tables.values() for line in table.values())
     line = "vte_ba (ba.ckpt)", "mu"
     for question, heading, name, target, source in (
@@ -705,7 +756,7 @@ def test_what_knowing_nothing_and_the_rotation_score_is_computed(measured):
 def test_the_same_seed_measures_the_same_whatever_stands_beside(measured, monkeypatch):
     folder, _, rows = measured
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", ["equivariance.py", "stl.ckpt", *FEW, "--rows", "checkpoints"])
+    monkeypatch.setattr("sys.argv", ["equivariance.py", "stl.ckpt", *FEW, "--compose", "--rows", "checkpoints"])
     again, _, _ = equivariance.probe_equivariance(equivariance.parse_args(), CPU)
     before, found = ([row["value"] for row in of if row["checkpoint"] == "stl.ckpt"
                       and row["transformations"] == "projective"] for of in (rows, again))
