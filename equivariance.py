@@ -23,11 +23,13 @@ from minter_warp import coefficients_from_corners, reference_errors, sample_corn
 from minter_warp.views import sample_transformations, transform, unchanged_transformations
 from probe import (
     Representation,
+    Settings,
     Table,
     architectures,
     encode,
     evaluation_parser,
     explain_features,
+    knn_predictions,
     load_checkpoints,
     random_encoder,
     row_label,
@@ -465,7 +467,34 @@ def average_of_turns(stacked):
     return stacked.unflatten(1, (4, -1)).sort(1).values.mean(1)
 
 
+class Blocks(nn.Module):
+    """What leaves each block of an encoder's trunk, averaged over the image's four quarters: (N, 3, S, S) -> (N, the
+    sum of 4 C over the blocks). widths: 4 C of each block, once it has run."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk, self.widths = trunk, []
+
+    def forward(self, images):
+        outputs = []
+        for part in self.trunk.children():
+            images = part(images)
+            if isinstance(part, nn.Sequential):
+                outputs.append(nn.functional.adaptive_avg_pool2d(images, 2).flatten(1))
+        self.widths = [output.shape[1] for output in outputs]
+        return torch.cat(outputs, 1)
+
+
 # ------------------------------------------------------------------------------------------------- the measurement
+
+
+def fit_maps(data, x, tx, test_x, device):
+    """The function that `ridge_map` returns, and predictions of the test features (n, T, D), by it and by a ridge
+    regression on t alone. x, tx (N, D): features of the training pairs; test_x (n, D)."""
+    (known, told), shape = data.joined_targets(), (data.n, data.per_image)
+    act = ridge_map(data, x, tx, device)
+    by_t = regress(data.held_out, [known], tx, device, together=True)([told])
+    return act, act(test_x[data.test_index], told).unflatten(0, shape), by_t.unflatten(0, shape)
 
 
 @torch.no_grad()
@@ -475,11 +504,8 @@ def measure(data, original, transformed, twice, learned, device):
     features (n * T, D) that it is to predict."""
     x, test_x = original.draw("train")[data.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
-    (known, told), shape = data.joined_targets(), (data.n, data.per_image)
-    candidates = test_tx.unflatten(0, shape)
-    act = ridge_map(data, x, tx, device)
-    by_map = act(test_x[data.test_index], told).unflatten(0, shape)
-    by_t = regress(data.held_out, [known], tx, device, together=True)([told]).unflatten(0, shape)
+    candidates = test_tx.unflatten(0, (data.n, data.per_image))
+    act, by_map, by_t = fit_maps(data, x, tx, test_x, device)
     logvar = transformed.logvar["test"] if transformed.sampled else torch.full((len(test_tx), 1), -torch.inf)
     noise = data.per_image_sum(logvar.exp().sum(1)) / data.per_image
     rows = [{"measure": "share", "part": part, **interval} for part, interval
@@ -511,14 +537,15 @@ def probe_equivariance(args, device):
     size, generator = checkpoints[0][2]["config"]["image_size"], torch.Generator().manual_seed(args.seed)
 
     def some_images(split, most):
-        images = load_images(dataset, split, args.data_dir, size).images
-        images = images[torch.randperm(len(images), generator=generator)[:most]]
+        images, labels, *_ = load_images(dataset, split, args.data_dir, size)
         if len(images) < 10:
             raise UserError(f"'{dataset}' has {len(images)} {split} images: measuring equivariance takes 10 or more")
-        return images
+        chosen = torch.randperm(len(images), generator=generator)[:most]
+        return images[chosen], labels[chosen]
 
-    images, test_images = some_images("train", args.pairs), some_images("test", args.images)
-    test_images = test_images[: len(test_images) - len(test_images) % 2]
+    (images, labels), (test_images, test_labels) = some_images("train", args.pairs), some_images("test", args.images)
+    even = len(test_images) - len(test_images) % 2
+    test_images, test_labels = test_images[:even], test_labels[:even]
 
     def features(encoder, config, split, index=None, apply=None):
         return encode(encoder, split, config["mean"], config["std"], device, dtype, index=index, apply=apply)
@@ -538,10 +565,30 @@ def probe_equivariance(args, device):
             torch.manual_seed(args.seed)
             represented = [splits and Representation(name, method, kind, *splits) for splits in (x, tx, twice)]
             learned = [(predict, Representation(name, method, kind, wanted, wanted).draw("test"))] if predict else []
-            row = {"checkpoint": name, "method": method, "features": kind, "transformations": data.family,
-                   "border": data.border, "dataset": dataset, "test_images": data.n, "per_image": data.per_image,
-                   "pairs": args.pairs, "seed": args.seed}
+            row = described(data, name, method, kind)
             yield from ({**row, **found} for found in measure(data, *represented, learned, device))
+
+    def described(data, name, method, kind):
+        return {"checkpoint": name, "method": method, "features": kind, "transformations": data.family,
+                "border": data.border, "dataset": dataset, "test_images": data.n, "per_image": data.per_image,
+                "pairs": args.pairs, "seed": args.seed}
+
+    def layers(data, name, method, encoder, config):
+        """The shares, and the k-NN error, after each block."""
+        if not args.layers or not hasattr(encoder, "trunk"):
+            return
+        blocks, settings = Blocks(encoder.trunk), Settings(1, args.seed, device, dtype)
+        x, tx, *_ = encoded(data, blocks, config)
+        parts = zip(*(features.split(blocks.widths, 1) for splits in (x, tx) for features, _ in splits), strict=True)
+        for block, (train, test, train_tx, test_tx) in enumerate(parts, 1):
+            x = Representation(name, method, f"block {block}", (train, None), (test, None))
+            (predicted,) = knn_predictions(x, torch.arange(len(images)), labels, settings)
+            wrong = torch.from_numpy(predicted != test_labels.numpy()).double()
+            maps = fit_maps(data, train[data.train_index], train_tx, test, device)[1:]
+            shares = variance_shares(data, test_tx.unflatten(0, (data.n, -1)), *maps, torch.zeros(data.n).double())
+            found = [{"measure": "k-NN error", **data.mean(wrong)},
+                     *({"measure": "share", "part": part, **interval} for part, interval in shares.items())]
+            yield from ({**described(data, name, method, x.features), "block": block, **one} for one in found)
 
     rows = []
     for family in dict.fromkeys(args.transformations or ("projective", "crop", "colour")):
@@ -562,11 +609,13 @@ def probe_equivariance(args, device):
             if target_encoder:
                 wanted = features(target_encoder, config, test_images, data.test_index, data.test_apply)
             rows += measured(data, name, method, x, tx, *twice, predict=predict, wanted=wanted)
+            rows += layers(data, name, method, encoder, config)
         if args.rows == "checkpoints":
             continue
         for kind, config in architectures(members).items():
             encoder = random_encoder(images, config, args.seed, device, dtype)
             rows += measured(data, None, f"random encoder ({kind})", *encoded(data, encoder, config))
+            rows += layers(data, None, f"random encoder ({kind})", encoder, config)
         config = checkpoints[0][2]["config"]
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(size, 32)), nn.Flatten())
         rows += measured(data, None, "raw pixels", *encoded(data, pixels, config))
@@ -590,6 +639,7 @@ def probe_equivariance(args, device):
         *["does the map compose: mean squared errors over the ridge map's own: the map of t2 after that of t1, against "
           "f(t2(t1(x))); for quarter turns also against the map of both, and a turn four times against f(x)"]
         * any(question(row) == "composition" for row in rows),
+        *[f"block by block: averaged over the image's four quarters; k-NN on {len(images):,} labels"] * args.layers,
         "moved: mean |f(t(x)) - f(x)|² over mean |f(x) - f(x')|²; 0 is invariant",
         *["controls: a small untrained network's features over the four quarter turns of the image, stacked (exactly "
           "steerable under rotation) and averaged (exactly invariant)"] * (args.rows != "checkpoints"),
@@ -604,7 +654,8 @@ def probe_equivariance(args, device):
 
 ALONE = ", t(x) alone"
 QUESTIONS = {"share": "shares of the variance of f(t(x))", "x and t(x)": "predicted from x and t(x)",
-             "t(x)": "predicted from t(x) alone", None: "retrieval and movement", "composition": "does the map compose"}
+             "t(x)": "predicted from t(x) alone", None: "retrieval and movement", "composition": "does the map compose",
+             "block": "block by block"}
 ONLY_STUDIES = ("t error", "H@5")  # tables of at most six columns lack these
 
 
@@ -625,6 +676,8 @@ def column(row):
 
 def question(row):
     """Which of QUESTIONS a row answers."""
+    if "block" in row:
+        return "block"
     return "composition" if row["measure"] in COMPOSITION else "share" if row["measure"] == "share" else row.get("from")
 
 
@@ -648,7 +701,7 @@ def make_tables(rows, errors):
             for heading, row in found:
                 widest[heading] = max(widest.get(heading, 0.0), (row["high"] - row["low"]) / 2)
                 cells.setdefault(row_label(row), {})[heading] = row["value"]
-            if key not in ("share", "composition"):
+            if key in ("x and t(x)", "t(x)", None):
                 no_r2 = {heading: 0.0 for heading in headings if heading.endswith("R²")}
                 cells["knowing nothing", ""] = {**no_r2, **nothing}
             if "t R²" in headings:
@@ -675,6 +728,8 @@ def parse_args():
     add("--compose", action="store_true",
         help="also compare the ridge map used twice with t2(t1(x)), whose features take half the time again; of "
         "rotation always")
+    add("--layers", action="store_true",
+        help="also the shares, and the k-NN error, after each block of the encoders; twice the time")
     add("--images", type=number(int, 10), default=300, metavar="N", help="test images")
     add("--per-image", type=number(int, 10), default=60, metavar="N",
         help="transformations of each test image, the candidates in retrieval; of rotation all 4")

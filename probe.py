@@ -534,7 +534,7 @@ def row_label(row):
     name = f"{row['method']} ({row['checkpoint']})" if row["checkpoint"] else row["method"]
     if row.get("map", "ridge") != "ridge":
         name = f"{name}: its {row['map']}"
-    return name, FEATURES[row["features"]][0] if row["features"] else ""
+    return name, FEATURES.get(row["features"], [row["features"] or ""])[0]
 
 
 def explain_features(rows):

@@ -659,6 +659,48 @@ def test_a_turn_of_the_image_permutes_the_steerable_control():
     assert torch.allclose(equivariance.average_of_turns(stacked.flatten(1)), average, atol=1e-6)
 
 
+# --------------------------------------------------------------------------------------------------------- the blocks
+
+
+@torch.no_grad()
+def test_the_blocks_are_the_outputs_of_the_trunk_s_own(monkeypatch, tmp_path):
+    """Each block's rows are those of an encoder that ends there, the classifier's those of scikit-learn's k-NN."""
+    torch.manual_seed(0)
+    encoder, images = NIN(8).eval(), torch.rand(4, 3, 8, 8)
+    blocks, seen = equivariance.Blocks(encoder.trunk), []
+    for part in encoder.trunk:
+        if isinstance(part, torch.nn.Sequential):
+            part.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    side = {0: 8, 1: 8, 2: 8, 3: 4, 4: 4, 5: 4}
+    found = blocks(images).split([4 * width for width in (192, 160, 96, 192, 192, 8)], 1)
+    for number, (output, pooled) in enumerate(zip(seen, found, strict=True)):
+        half = side[number] // 2
+        quarters = [output[:, :, i : i + half, j : j + half].mean((2, 3)) for i in (0, half) for j in (0, half)]
+        assert torch.allclose(pooled, torch.stack(quarters, 2).flatten(1), atol=1e-5)
+
+    save(tmp_path / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first.py").write_text("""
+from torch import nn
+from common import load_checkpoint, load_encoder
+
+def block():
+    encoder = load_encoder(load_checkpoint("ba.ckpt"), "ba.ckpt")
+    return nn.Sequential(*encoder.trunk[:2], nn.AdaptiveAvgPool2d(2), nn.Flatten())
+""")
+    monkeypatch.setattr("sys.argv", ["equivariance.py", "ba.ckpt", "first.py:block", "--image-size", "8", "--mean",
+                                     *["0.5"] * 3, "--std", *["0.3"] * 3, "--rows", "checkpoints", "--layers",
+                                     "--transformations", "scale", *FEW])
+    rows, tables, _ = equivariance.probe_equivariance(equivariance.parse_args(), CPU)
+    of_blocks = [row for row in rows if "block" in row]
+    assert [row["block"] for row in of_blocks if row["measure"] == "k-NN error"] == [1, 2, 3, 4, 5, 6]
+    second, alone = ({row["part"]: row["value"] for row in of if row["measure"] == "share"} for of in (
+        [row for row in of_blocks if row["block"] == 2], [row for row in rows if row["method"] == "block"]))
+    assert second == pytest.approx(alone, abs=1e-4)
+    assert tables[-1].headings[2:] == ["k-NN error", "invariant", "equivariant", "the same for all images"]
+    assert [line[1] for line in tables[-1].lines[:6]] == [f"block {number}" for number in range(1, 7)]
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 
