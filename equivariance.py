@@ -1,15 +1,17 @@
-"""Measures equivariance: do the features f of a checkpoint move with a transformation t in a way that can be predicted?
+"""Measures equivariance: do the features f of an encoder move with a transformation t in a way that can be predicted?
 
 The objectives of these methods are about that, and no paper of the VTE line measures it. On held-out images x:
 
+- What share of the variance of f(t(x)) is invariant, equivariant, unexplained? `variance_shares` has the definitions.
 - Does f hold t? Ridge regression from f(x) and f(t(x)), or from f(t(x)) alone, to the numbers that describe t.
 - Can f(t(x)) be worked out? It is predicted from f(x) and t, by a ridge regression and by the map that a method has
-  learned, and must be found among the features of the same image under 60 transformations.
+  learned, and must be found among the features of the same image under 60 transformations; by t alone, how often?
 - How far does f move under t, relative to how far images lie apart?
 
     python equivariance.py pt.ckpt vte_ba.ckpt --json equivariance.json
 
-An untrained encoder and raw pixels are measured beside the checkpoints. Intervals are of a bootstrap over test images.
+Encoders of torchvision, of timm and of your own file are measured by name (--help). Beside them stand an untrained
+encoder, raw pixels, and two controls of known answers. Intervals are of a bootstrap over test images.
 """
 
 from functools import partial
@@ -289,12 +291,13 @@ def variance_shares(data, features, by_map, by_t, noise):
     mean alone. g is linear in f(x) and affine in the targets, and fitted on few pairs: what it misses is unexplained,
     so the equivariant share is a lower bound. A map that predicts worse than the image's mean has a share below 0.
 
-    Estimates have no bias from finite n and T. Var_t divides by T - 1. B is half the mean |m_i - m_j|^2 of two images'
-    means over t, less W / T, by which T draws move a mean. The two images have no transformation in common, nor are
-    they the same one twice in the bootstrap. Where the T are all that there are (data.every), Var_t divides by T, and
-    only the noise, known, moves a mean.
+    Estimates of B, W, U and A have no bias from finite n and T. Var_t divides by T - 1. B is half the mean of |m_i -
+    m_j|^2, of two images' means over t, less W / T, by which T draws move a mean. The two images have no transformation
+    in common, nor are they the same one twice in the bootstrap. Where the T are all that there are (data.every), Var_t
+    divides by T, and only the noise, which is known, moves a mean.
 
     Returns {part: interval}; all are 0 where nothing varies. Source: one-way random-effects analysis of variance."""
+
     def within(values):  # (n, T, D) -> (n,) float64
         spread = torch.cat([part.double().var(1, correction=int(not data.every)).sum(1) for part in values.split(20)])
         return spread + noise / data.per_image if data.every else spread
@@ -500,8 +503,8 @@ def fit_maps(data, x, tx, test_x, device):
 @torch.no_grad()
 def measure(data, original, transformed, twice, learned, device):
     """All measures of one row, dicts with measure, value, low and high. original, transformed: representations of x,
-    (M, D) and (n, D), and of t(x), (N, D) and (n * T, D). learned: pairs of a learned map's `predict` and the test
-    features (n * T, D) that it is to predict."""
+    (M, D) and (n, D), and of t(x), (N, D) and (n * T, D). twice: that of t2(t1(x)) for `composition`, or None. learned:
+    pairs of a learned map's `predict` and the test features (n * T, D) that it is to predict."""
     x, test_x = original.draw("train")[data.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
     candidates = test_tx.unflatten(0, (data.n, data.per_image))
