@@ -518,6 +518,8 @@ def measure(data, original, transformed, twice, learned, device):
         rows += [{"measure": name, "target": target, "from": source, **interval} for (target, name), interval
                  in predict_targets(data, *blocks, device).items()]
     maps = [("ridge", by_map, candidates), ("t alone", by_t, candidates)]
+    if transformed.sampled:  # what a perfect map would predict: all but the noise
+        maps.append(("ceiling, mu of t(x)", transformed.mu["test"].unflatten(0, candidates.shape[:2]), candidates))
     for predict, wanted in learned:
         maps += predict(data, test_x, wanted)
     scores = {}

@@ -323,7 +323,8 @@ def draw_shares(args):
             if (row["measure"] == "share" and row["transformations"] == args.transformations
                     and row["features"] in (None, args.features)):
                 name = row["checkpoint"] or row["method"]
-                name = METHODS.get(Path(name).stem, name).replace("*", "")
+                if "/" not in name:  # there are not two of that name
+                    name = METHODS.get(Path(name).stem, name).replace("*", "")
                 bars.setdefault(name, {})[row["part"]] = [row["value"], row["low"], row["high"]]
                 notes.add(f"{row['test_images']} test images of {Path(row['dataset']).name}, border {row['border']}")
         for parts in bars.values():

@@ -154,7 +154,7 @@ def test_sampled_features_are_measured_with_their_noise():
         transformed = Representation("a", "planted", kind, *((t, torch.full_like(t, logvar)) for t in targets))
         torch.manual_seed(0)
         rows = {(row["measure"], row.get("target"), row.get("from")): row for row in
-                measure(data, original, transformed, None, [], CPU) if row.get("map") != "t alone"}
+                measure(data, original, transformed, None, [], CPU) if row.get("map", "ridge") == "ridge"}
         return value(rows, "R2", "scale"), value(rows, "moved")
 
     exact, noisy = r2("mu", 0.0), r2("sample", 0.0)
@@ -267,6 +267,19 @@ def test_the_noise_of_sigma_is_a_known_part_of_what_is_unexplained(family):
     exact = equivariance.variance_shares(data, drawn, exact, 0 * exact, torch.full((data.n,), 3.0).double())
     assert exact["unexplained"]["value"] == pytest.approx(0.5, abs=0.01)
     assert exact["equivariant"]["value"] == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_the_ceiling_is_what_the_noise_of_sigma_leaves():
+    """Full marks where sigma is tiny; chance where t moves nothing but the noise."""
+    data = evaluation_set(test_images=100)
+    told = [targets[:, :8] for targets in data.joined_targets()]
+    for scale, logvar, expected in ((1, -40.0, 1), (0, 0.0, CHANCE["H@1"])):
+        pairs = [[(scale * of, torch.full_like(of, logvar)) for of in splits] for splits in (
+            (torch.zeros(500, 8), torch.zeros(100, 8)), told)]
+        torch.manual_seed(0)
+        rows = measure(data, *(Representation("a", "planted", "sample", *splits) for splits in pairs), None, [], CPU)
+        (found,) = [row["value"] for row in rows if row["measure"] == "H@1" and "ceiling" in row["map"]]
+        assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_features_that_do_not_vary_have_no_shares():
@@ -730,7 +743,7 @@ def test_the_command_measures_every_row(measured):
         assert row["low"] <= row["value"] <= row["high"] or row["low"] == pytest.approx(row["high"]), row
         assert row["test_images"] == 10 and row["per_image"] == 12 and row["dataset"] == "digits"
     learned = {(row["transformations"], row["map"]) for row in rows
-               if row.get("map", "ridge") not in ("ridge", "t alone")}
+               if row.get("map", "ridge") not in ("ridge", "t alone", "ceiling, mu of t(x)")}
     assert learned == {(family, name) for family in ("projective", "crop")
                        for name in ("hypernetwork", "hypernetwork, projected")} | {("projective",
                                                                                     "decoder, which never sees t")}
