@@ -222,6 +222,7 @@ def load_checkpoints(args):
     names = names if len(set(names)) == len(names) else [path for path, _ in given]
     for name, (path, weights) in zip(names, given, strict=True):
         if is_foreign(path):
+            torch.manual_seed(args.seed)  # of weights, where it is untrained
             one = load_foreign(path, weights, args.image_size, args.mean, args.std)
             name = f"{name} {Path(weights).name}" if weights else name
         else:
@@ -660,7 +661,7 @@ def evaluation_parser(description, example):
         help="the same of the standard deviation (default: the library's)")
     add("--rows", choices=["all", "checkpoints", "baselines"], default="all",
         help="baselines: the random encoder and raw pixels alone, for studies that make them once")
-    add("--seed", type=seed_int, default=0, help="of subsets, transformations, sampled z, MLP weights, random encoder")
+    add("--seed", type=seed_int, default=0, help="of subsets, transformations, sampled z, MLP, untrained encoders")
     add = parser.add_argument_group("where").add_argument
     add("--json", metavar="FILE", help="also write the rows, and what they were made with")
     add("--markdown", metavar="FILE", help="also write the tables; in a page with the lines <!-- measured --> and "

@@ -343,8 +343,8 @@ def draw_shares(args):
             axis.barh(place, value, 0.72, right if value >= 0 else left, color=colour, edgecolor="white", linewidth=0.5)
             right, left = right + max(value, 0), left + min(value, 0)
             end = right if value >= 0 else left
-            axis.errorbar(end, place + 0.12 * (number % 3 - 1), xerr=[[value - low], [high - value]], color="black",
-                          capsize=2, linewidth=1)
+            axis.errorbar(end, place + 0.12 * (number % 3 - 1), xerr=[[max(0, value - low)], [max(0, high - value)]],
+                          color="black", capsize=2, linewidth=1)
     axis.set_yticks(range(len(bars)), bars)
     axis.invert_yaxis()
     axis.spines[["top", "right", "left"]].set_visible(False)

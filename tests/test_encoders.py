@@ -11,7 +11,6 @@ from torchvision import models
 
 import equivariance
 import probe
-from common import load_images
 from probe import load_foreign
 
 CPU = torch.device("cpu")
@@ -107,12 +106,17 @@ def test_a_function_in_a_file_is_measured_as_what_it_returns(folder, monkeypatch
 def test_a_file_of_weights_belongs_to_the_encoder_before_it(folder, monkeypatch):
     weights = {"1.weight": torch.randn(5, 192), "1.bias": torch.zeros(5)}
     torch.save(weights, "w.pt")
-    monkeypatch.setattr(sys, "argv", ["probe.py", "nets.py:linear", "w.pt", "nets.py:linear", *DIGITS])
-    loaded, dataset = probe.load_checkpoints(probe.parse_args())
-    assert [name for name, *_ in loaded] == ["nets.py:linear w.pt", "nets.py:linear"] and dataset == "digits"
-    first, second = (encoder[1].weight for *_, encoder in loaded)
-    assert torch.equal(first, weights["1.weight"]) and not torch.equal(first, second)
-    assert load_images("digits", "test", image_size=8).images.shape[1:] == (3, 8, 8)
+
+    def load(seed):
+        names = ["nets.py:linear", "w.pt", "nets.py:linear"]
+        monkeypatch.setattr(sys, "argv", ["probe.py", *names, *DIGITS, "--seed", seed])
+        loaded, dataset = probe.load_checkpoints(probe.parse_args())
+        assert [name for name, *_ in loaded] == ["nets.py:linear w.pt", "nets.py:linear"] and dataset == "digits"
+        return [encoder[1].weight for *_, encoder in loaded]
+
+    (first, untrained), (again, same), (_, other) = map(load, "110")
+    assert torch.equal(first, weights["1.weight"]) and torch.equal(again, first) and not torch.equal(first, untrained)
+    assert torch.equal(untrained, same) and not torch.equal(untrained, other)  # the seed's
 
 
 @pytest.mark.parametrize("encoder, flags, code, says", [
