@@ -1,15 +1,17 @@
-"""Measures equivariance: do the features f of a checkpoint move with a transformation t in a way that can be predicted?
+"""Measures equivariance: do the features f of an encoder move with a transformation t in a way that can be predicted?
 
 The objectives of these methods are about that, and no paper of the VTE line measures it. On held-out images x:
 
+- What share of the variance of f(t(x)) is invariant, equivariant, unexplained? `variance_shares` has the definitions.
 - Does f hold t? Ridge regression from f(x) and f(t(x)), or from f(t(x)) alone, to the numbers that describe t.
 - Can f(t(x)) be worked out? It is predicted from f(x) and t, by a ridge regression and by the map that a method has
-  learned, and must be found among the features of the same image under 60 transformations.
+  learned, and must be found among the features of the same image under 60 transformations; by t alone, how often?
 - How far does f move under t, relative to how far images lie apart?
 
     python equivariance.py pt.ckpt vte_ba.ckpt --json equivariance.json
 
-An untrained encoder and raw pixels are measured beside the checkpoints. Intervals are of a bootstrap over test images.
+Encoders of torchvision, of timm and of your own file are measured by name (--help). Beside them stand an untrained
+encoder, raw pixels, and two controls of known answers. Intervals are of a bootstrap over test images.
 """
 
 from functools import partial
@@ -23,11 +25,13 @@ from minter_warp import coefficients_from_corners, reference_errors, sample_corn
 from minter_warp.views import sample_transformations, transform, unchanged_transformations
 from probe import (
     Representation,
+    Settings,
     Table,
     architectures,
     encode,
     evaluation_parser,
     explain_features,
+    knn_predictions,
     load_checkpoints,
     random_encoder,
     row_label,
@@ -38,37 +42,67 @@ from probe import (
 RIDGE_PENALTIES = [10.0**power for power in range(-3, 4)]  # times the kernel's mean diagonal
 RIDGE_VALIDATION = 0.2  # of the training images, to choose the penalty on
 BOOTSTRAP = 1000
+COMPOSITION = ("two in turn", "ρ(g)ρ(h) - ρ(gh)", "ρ(g)⁴ - 1")
 
 
 # ------------------------------------------------------------------------------------------------- transformations
 
 
-def draw_projective(n, size, generator):
-    """n of the transformations that predictive transformation, AVT and VTE learn from.
+def draw_projective(n, size, generator, border="grey", family="projective"):
+    """n of the transformations that predictive transformation, AVT and VTE learn from, or (see `sample_corners`) of a
+    family that is a part of theirs.
+
+    border: what is seen outside of the image; grey, reflect, or inside: nothing, since t is followed by a zoom into the
+    middle, the same for all t of a family.
 
     Returns apply(images, index, rows, scale, shift, dtype), which makes images[index] under the transformations `rows`
     as `warp_batch` returns them, and the targets of a prediction, {name: (n, k) float32}: t, the 8 normalised
-    coefficients; the rotation, one of 4; and of the quadrilateral that the image becomes, in sides of the image, the
-    scale (square root of its area) and the translation (of the mean of its corners, across and down)."""
-    quarter_turns, corners = sample_corners(n, size, generator)
-    coefficients = coefficients_from_corners(corners, size).float()
+    coefficients (of projective only); the rotation, one of 4; and of the quadrilateral that the image becomes, in sides
+    of the image, the scale (square root of its area) and the translation (of the mean of its corners, across and
+    down)."""
+    quarter_turns, corners = sample_corners(n, size, generator, family)
+    coefficients = coefficients_from_corners(corners, size)
     x, y = (corners / size).float().unbind(-1)  # (n, 4)
     area = 0.5 * (x * y.roll(-1, 1) - y * x.roll(-1, 1)).sum(1)
-    targets = {"t": transformation_target(coefficients, size),
+    targets = {"t": transformation_target(coefficients.float(), size),
                "rotation": nn.functional.one_hot(quarter_turns, 4).float(),
                "scale": area.sqrt()[:, None],
                "translation": torch.stack([x.mean(1), y.mean(1)], 1) - 0.5}
+    if border == "inside":
+        coefficients = zoom(coefficients, size, INSIDE[family])
+    coefficients = coefficients.float()
 
     def apply(images, index, rows, scale, shift, dtype):
-        return warp_batch(images, index, None, coefficients[rows].to(images.device), scale, shift, dtype)
+        chosen = coefficients[rows].to(images.device)
+        if border != "reflect":
+            return warp_batch(images, index, None, chosen, scale, shift, dtype)
+        return (reflected_warp(images[index], chosen) * scale[:, None, None] + shift[:, None, None]).to(dtype)
 
-    return apply, targets
+    return apply, targets if family == "projective" else {family: targets[family]}
 
 
-def draw_crop_or_colour(n, size, generator, crop=True, colour=True):
-    """The same of what STL learns from: a resized crop, colour jitter (on every image, in random order), or both. The
-    targets are the crop's centre and its width and height, in sides of the image, and how far each adjustment of colour
-    is of its range, -1 to 1."""
+def zoom(coefficients, size, side):
+    """The coefficients (n, 8) followed by an enlargement of the output's middle, `side` of each of its sides."""
+    enlarge = torch.tensor([[side, 0, (1 - side) * size / 2], [0, side, (1 - side) * size / 2], [0, 0, 1]]).double()
+    matrices = nn.functional.pad(coefficients, (0, 1), value=1).view(-1, 3, 3) @ enlarge
+    return (matrices / matrices[:, 2:, 2:]).flatten(1)[:, :8]
+
+
+def reflected_warp(images, coefficients):
+    """`projective_warp` of images whose plane goes on beyond the edges as in mirrors. (N, C, S, S), (N, 8) -> float32
+    (N, C, S, S)."""
+    size, rows = images.shape[3], nn.functional.pad(coefficients.double(), (0, 1), value=1).view(-1, 3, 3)
+    centres = torch.arange(size, device=images.device) + 0.5
+    points = torch.cartesian_prod(centres, centres).flip(1)  # (x, y), row after row
+    u, v, w = (rows @ nn.functional.pad(points.double(), (0, 1), value=1).T).unbind(1)  # (N, S * S)
+    grid = (2 * torch.stack([u / w, v / w], 2) / size - 1).float().unflatten(1, (size, size))
+    return nn.functional.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+
+
+def draw_crop_or_colour(n, size, generator, border=None, crop=True, colour=True):
+    """The same of what STL learns from: a resized crop, colour jitter (on every image, in random order), or both, which
+    show nothing outside whatever the border. The targets are the crop's centre and its width and height, in sides of
+    the image, and how far each adjustment of colour is of its range, -1 to 1."""
     drawn, targets = sample_transformations(n, size, generator), {}
     per_pair = unchanged_transformations(n, size)
     per_image = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
@@ -90,8 +124,10 @@ def draw_crop_or_colour(n, size, generator, crop=True, colour=True):
     return apply, targets
 
 
-FAMILIES = {"projective": draw_projective, "crop": partial(draw_crop_or_colour, colour=False),
-            "colour": partial(draw_crop_or_colour, crop=False), "crop+colour": draw_crop_or_colour}
+INSIDE = {"rotation": 1, "scale": 0.8, "translation": 0.75, "projective": 0.55}  # the square that is always filled
+FAMILIES = {**{family: partial(draw_projective, family=family) for family in INSIDE},
+            "crop": partial(draw_crop_or_colour, colour=False), "colour": partial(draw_crop_or_colour, crop=False),
+            "crop+colour": draw_crop_or_colour}
 
 
 class EvaluationSet:
@@ -99,25 +135,33 @@ class EvaluationSet:
     transformed, and n test images under T transformations each.
 
     Test images 2i and 2i + 1 share their T transformations: STL reads the code off the partner. The bootstrap resamples
-    pairs.
+    pairs. Of rotation each image gets all four (every).
 
     train_index (N,), test_index (n * T,): which image. train_targets {name: (N, k)}, test_targets {name: (n * T, k)}.
     held_out (N,): the pairs that the ridge penalty is chosen on. weights (1 + B, n): of each test image in the
     bootstrap; the first row, all 1, is no resample."""
 
-    def __init__(self, family, train_images, test_images, pairs, per_image, size, seed):
+    def __init__(self, family, train_images, test_images, pairs, per_image, size, seed, border="grey"):
         generator = torch.Generator().manual_seed(seed)
-        self.family, self.n, self.per_image = family, test_images - test_images % 2, per_image
+        self.every = family == "rotation"
+        per_image = 4 if self.every else per_image
+        self.family, self.border, self.n, self.per_image = family, border, test_images - test_images % 2, per_image
         self.train_index = torch.arange(pairs) % train_images
         self.held_out = self.train_index < max(1, round(RIDGE_VALIDATION * min(pairs, train_images)))
-        self.train_apply, self.train_targets = FAMILIES[family](pairs, size, generator)
-        apply, drawn = FAMILIES[family](self.n // 2 * per_image, size, generator)
+        self.train_apply, self.train_targets = FAMILIES[family](pairs, size, generator, border)
+        apply, drawn = FAMILIES[family](self.n // 2 * per_image, size, generator, border)
         row = torch.arange(self.n * per_image)
         self.test_index = row // per_image
         shared = self.test_index // 2 * per_image + row % per_image
         self.test_targets = {name: values[shared] for name, values in drawn.items()}
         self.test_apply = lambda images, index, rows, *rest: apply(images, index, shared[rows], *rest)
 
+        def apply_twice(images, index, rows, scale, shift, dtype):
+            once = self.test_apply(images, index, rows, torch.ones_like(scale), torch.zeros_like(shift), torch.float32)
+            after = rows - rows % per_image + (rows + 1) % per_image
+            return self.test_apply(once, torch.arange(len(once), device=once.device), after, scale, shift, dtype)
+
+        self.apply_twice = apply_twice  # t2(t1(x)), t2 being the next of the image's transformations, in a circle
         drawn = torch.randint(0, self.n // 2, (BOOTSTRAP, self.n // 2), generator=generator)  # two images each
         counts = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
         self.weights = torch.cat([torch.ones(1, self.n).double(), counts.repeat_interleave(2, 1)])  # (1 + B, n)
@@ -167,15 +211,14 @@ def ridge(kernel, targets, held_out, together=False):
     return coefficients
 
 
-def regress(held_out, train, test, targets, device, together=False):
-    """Ridge regression from blocks of inputs and, if there are two, all products of the one with the other. train,
-    test: lists of (N, D) and (M, D); targets (N, k). Returns predictions (M, k) float32 on the CPU.
+def regress(held_out, train, targets, device, together=False):
+    """Ridge regression from blocks of inputs and, if there are two, all products of the one with the other. train: a
+    list of (N, D); targets (N, k). Returns a function: a list of (M, D) -> predictions (M, k) float32 on the CPU.
 
     The kernel of [a, b, a x b] is the product of two linear kernels, (1 + a.a' / D) (1 + b.b' / D'), so the inputs
     themselves, N x (D + 1) (D' + 1), are never made."""
     scales = [standardizer(block) for block in train]
-    train, test = ([scaled(block).to(device) for scaled, block in zip(scales, blocks, strict=True)]
-                   for blocks in (train, test))
+    train = [scaled(block).to(device) for scaled, block in zip(scales, train, strict=True)]
 
     def kernel(rows, columns):
         products = 1
@@ -187,8 +230,13 @@ def regress(held_out, train, test, targets, device, together=False):
     targets = targets.double().to(device)
     mean = targets.mean(0)
     dual = ridge(kernel(exact, exact), targets - mean, held_out.to(device), together).float()
-    parts = zip(*(block.split(1000) for block in test), strict=True)
-    return torch.cat([(kernel(part, train) @ dual + mean.float()).cpu() for part in parts])
+
+    def predict(blocks):
+        parts = zip(*(scaled(block).split(1000) for scaled, block in zip(scales, blocks, strict=True)), strict=True)
+        return torch.cat([(kernel([block.to(device) for block in part], train) @ dual + mean.float()).cpu()
+                          for part in parts])
+
+    return predict
 
 
 def predict_targets(data, train, test, device):
@@ -197,7 +245,7 @@ def predict_targets(data, train, test, device):
     Returns {(name, measure): interval}: accuracy of the rotation, the largest of its four outputs; of all else the
     squared error, summed over its numbers, and R2 = 1 - squared error / that of the training mean."""
     known, truth = (targets.double() for targets in data.joined_targets())
-    predicted = regress(data.held_out, train, test, known, device).double()
+    predicted = regress(data.held_out, train, known, device)(test).double()
     widths, measured = [values.shape[1] for values in data.train_targets.values()], {}
     columns = (values.split(widths, -1) for values in (predicted, truth, known.mean(0)))
     for name, guess, answer, mean in zip(data.train_targets, *columns, strict=True):
@@ -212,16 +260,69 @@ def predict_targets(data, train, test, device):
     return measured
 
 
-def ridge_map(data, x, tx, test_x, device):
+def ridge_map(data, x, tx, device):
     """An equivariant map for methods that have none: predicts f(t(x)) from f(x) and t. x, tx (N, D): the features of
-    the training pairs; test_x (n, D). Returns (n, T, D).
+    the training pairs. Returns a function: features (M, D) and targets (M, k) -> (M, D).
 
     It is linear in the feature, and its matrix and its offset are affine in the targets: a ridge regression from f, t
     and all products of the two. f and t alone would not do: such a map adds the same offset to every image, while an
     equivariant representation acts on the feature by a matrix that depends on t."""
-    targets, test_targets = data.joined_targets()
-    predicted = regress(data.held_out, [x, targets], [test_x[data.test_index], test_targets], tx, device, together=True)
-    return predicted.unflatten(0, (data.n, data.per_image))
+    predict = regress(data.held_out, [x, data.joined_targets()[0]], tx, device, together=True)
+    return lambda features, targets: predict([features, targets])
+
+
+def variance_shares(data, features, by_map, by_t, noise):
+    """Splits the variance of y = f(t(x)) over images x and transformations t into three shares, which sum to one.
+
+    features, by_map, by_t (n, T, D): y of the test images; g, its prediction from f(x) and t by `ridge_map`; h, its
+    prediction from t alone. g and h are fitted on other images and other transformations. noise (n,) float64: the mean
+    over t of the sum of sigma^2 where z is sampled, else 0. |.|^2 is summed over the D numbers, which are not rescaled.
+    With Var_t(.) = E_t |. - E_t .|^2, taken within one image:
+
+        V = E |y - E y|^2 = B + W
+        invariant    = B / V                               B = E_x |E_t y - E y|^2: what stays when t changes
+        equivariant  = (W - U) / V                         U = E_x Var_t(y - g): of what changes, what g predicts
+          the same for all images  = (W - A) / V           A = E_x Var_t(y - h): of that, what t alone predicts
+          image by image           = (A - U) / V           of that, what takes f(x)
+        unexplained  = U / V                               W = E_x Var_t(y)
+          noise of sigma           = E_x E_t |sigma|^2 / V
+
+    A prediction's mean over t cannot count: Var_t removes it, so that g is judged on the deviation from the image's
+    mean alone. g is linear in f(x) and affine in the targets, and fitted on few pairs: what it misses is unexplained,
+    so the equivariant share is a lower bound. A map that predicts worse than the image's mean has a share below 0.
+
+    Estimates of B, W, U and A have no bias from finite n and T. Var_t divides by T - 1. B is half the mean of |m_i -
+    m_j|^2, of two images' means over t, less W / T, by which T draws move a mean. The two images have no transformation
+    in common, nor are they the same one twice in the bootstrap. Where the T are all that there are (data.every), Var_t
+    divides by T, and only the noise, which is known, moves a mean.
+
+    Returns {part: interval}; all are 0 where nothing varies. Source: one-way random-effects analysis of variance."""
+
+    def within(values):  # (n, T, D) -> (n,) float64
+        spread = torch.cat([part.double().var(1, correction=int(not data.every)).sum(1) for part in values.split(20)])
+        return spread + noise / data.per_image if data.every else spread
+
+    w, a, u = within(features), within(features - by_t), within(features - by_map)
+    moved = (noise if data.every else w) / data.per_image
+    means = features.mean(1, dtype=torch.float64)
+    least = 1e-12 * (means.square().sum(1) + w).mean() + 1e-30  # rounding of a constant
+    means = means - means.mean(0)
+    sharing = (means[::2] - means[1::2]).square().sum(1).repeat_interleave(2) / 2
+
+    def share_of(part):
+        def statistic(weights):
+            q = weights / weights.sum(1, keepdim=True)
+            # Sums over pairs of images, each pair weighted by the product, less pairs that share transformations.
+            pairs = q @ means.square().sum(1) - (q @ means).square().sum(1) - q.square() @ sharing
+            between = pairs / (1 - 2 * q.square().sum(1)).clamp(min=1e-9) - q @ moved  # one pair of images alone: 0
+            total = between + q @ w
+            return torch.where(total > least, (between if part is None else q @ part) / total.clamp(min=least), 0.0)
+
+        return data.with_interval(statistic)
+
+    parts = {"invariant": None, "equivariant": w - u, "the same for all images": w - a, "image by image": a - u,
+             "unexplained": u}
+    return {name: share_of(part) for name, part in (parts | ({"noise of sigma": noise} if noise.any() else {})).items()}
 
 
 def rank_distribution(predicted, candidates, tie=1e-9):
@@ -240,12 +341,11 @@ def rank_distribution(predicted, candidates, tie=1e-9):
 
 
 def retrieval(data, predicted, candidates):
-    """{measure: interval} of MRR, H@1 and H@5, and the share of each rank, a list of T."""
+    """{measure: (n,)}, MRR, H@1 and H@5 of each image, and the share of each rank, a list of T."""
     by_image = rank_distribution(predicted, candidates).mean(1)  # (n, T)
     ranks = torch.arange(1, data.per_image + 1)
     scores = {"MRR": by_image @ (1 / ranks.double()), "H@1": by_image[:, 0], "H@5": by_image[:, :5].sum(1)}
-    measured = {name: data.mean(score) for name, score in scores.items()}
-    return measured, [round(share, 6) for share in by_image.mean(0).tolist()]
+    return scores, [round(share, 6) for share in by_image.mean(0).tolist()]
 
 
 def movement(data, x, tx):
@@ -262,6 +362,36 @@ def movement(data, x, tx):
         return w @ moved / (2 * variance * len(x) / (len(x) - 1)).clamp(min=1e-12)
 
     return data.with_interval(ratio)
+
+
+def composition(data, act, x, by_map, features, twice=None):
+    """Does the ridge map rho(t) compose? Mean squared errors relative to its own, |rho(t) f(x) - f(t(x))|^2. Of two
+    maps in turn: |rho(t2) rho(t1) f(x) - f(t2(t1(x)))|^2. Of quarter turns g and h, which are to be a group: |rho(g)
+    rho(h) f(x) - rho(gh) f(x)|^2 and, g being the first, |rho(g)^4 f(x) - f(x)|^2.
+
+    act: the function that `ridge_map` returns. x (n, D): f(x). by_map, features (n, T, D): rho(t) f(x) and f(t(x)).
+    twice (n * T, D): of t2(t1(x)), t2 being the next of the T; of quarter turns None, since all 16 products are turns.
+    Returns {measure: interval}."""
+    def error(found, wanted):  # (n, ..., D) both -> (n,)
+        return (found.double() - wanted.double()).square().sum(-1).flatten(1).mean(1)
+
+    def after(targets):  # rho(t2) rho(t1) f(x), (n, T, D)
+        return act(by_map.flatten(0, 1), targets).unflatten(0, by_map.shape[:2])
+
+    if data.every:
+        turns = torch.eye(4).repeat_interleave(4 * data.n, 0).split(4 * data.n)  # each for all images under all four
+        products = [after(turn) for turn in turns]
+        fourth = x
+        for _ in range(4):
+            fourth = act(fourth, turns[1][: len(x)])
+        sought = [[of.roll(-turn, 1) for turn in range(4)] for of in (features, by_map)]
+        errors = [sum(map(error, products, of)) / 4 for of in sought] + [error(fourth[:, None], x[:, None])]
+    else:
+        following = data.joined_targets()[1].unflatten(0, (data.n, -1)).roll(-1, 1).flatten(0, 1)
+        errors = [error(after(following), twice.unflatten(0, (data.n, -1)))]
+    own = error(by_map, features)
+    return {name: data.with_interval(lambda w, e=e: w @ e / (w @ own).clamp(min=1e-12))
+            for name, e in zip(COMPOSITION, errors, strict=False)}
 
 
 # ------------------------------------------------------------------------------------- maps that a method has learned
@@ -318,66 +448,152 @@ def hypernetwork_map(checkpoint, path):
 LEARNED_MAPS = {"vte_ba": barber_agakov_map, "stl": hypernetwork_map}  # by how the method's name begins
 
 
+# --------------------------------------------------------------------------------------------------------- controls
+
+
+class FourTurns(nn.Module):
+    """An exactly steerable control: the features of a small untrained network over the four quarter turns of the image,
+    stacked. A turn of the image permutes the four. Images (N, 3, S, S) -> (N, 4 * 128)."""
+
+    def __init__(self, size, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        side = min(size, 16)
+        self.network = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(3 * side**2, 128), nn.ReLU())
+
+    def forward(self, images):
+        return torch.cat([self.network(images.rot90(turns, (2, 3))) for turns in range(4)], 1)
+
+
+def average_of_turns(stacked):
+    """An exactly invariant one: (N, 4 * 128) of `FourTurns` -> (N, 128). Sorted, since a sum depends on its order."""
+    return stacked.unflatten(1, (4, -1)).sort(1).values.mean(1)
+
+
+class Blocks(nn.Module):
+    """What leaves each block of an encoder's trunk, averaged over the image's four quarters: (N, 3, S, S) -> (N, the
+    sum of 4 C over the blocks). widths: 4 C of each block, once it has run."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk, self.widths = trunk, []
+
+    def forward(self, images):
+        outputs = []
+        for part in self.trunk.children():
+            images = part(images)
+            if isinstance(part, nn.Sequential):
+                outputs.append(nn.functional.adaptive_avg_pool2d(images, 2).flatten(1))
+        self.widths = [output.shape[1] for output in outputs]
+        return torch.cat(outputs, 1)
+
+
 # ------------------------------------------------------------------------------------------------- the measurement
 
 
+def fit_maps(data, x, tx, test_x, device):
+    """The function that `ridge_map` returns, and predictions of the test features (n, T, D), by it and by a ridge
+    regression on t alone. x, tx (N, D): features of the training pairs; test_x (n, D)."""
+    (known, told), shape = data.joined_targets(), (data.n, data.per_image)
+    act = ridge_map(data, x, tx, device)
+    by_t = regress(data.held_out, [known], tx, device, together=True)([told])
+    return act, act(test_x[data.test_index], told).unflatten(0, shape), by_t.unflatten(0, shape)
+
+
 @torch.no_grad()
-def measure(data, original, transformed, learned, device):
+def measure(data, original, transformed, twice, learned, device):
     """All measures of one row, dicts with measure, value, low and high. original, transformed: representations of x,
-    (M, D) and (n, D), and of t(x), (N, D) and (n * T, D). learned: pairs of a learned map's `predict` and the test
-    features (n * T, D) that it is to predict."""
+    (M, D) and (n, D), and of t(x), (N, D) and (n * T, D). twice: that of t2(t1(x)) for `composition`, or None. learned:
+    pairs of a learned map's `predict` and the test features (n * T, D) that it is to predict."""
     x, test_x = original.draw("train")[data.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
-    both, rows = ([x, tx], [test_x[data.test_index], test_tx]), []
-    sources = {"x and t(x)": both, "x and t(x), no products": [[torch.cat(blocks, 1)] for blocks in both],
-               "t(x)": ([tx], [test_tx])}
-    for source, blocks in sources.items():
+    candidates = test_tx.unflatten(0, (data.n, data.per_image))
+    act, by_map, by_t = fit_maps(data, x, tx, test_x, device)
+    logvar = transformed.logvar["test"] if transformed.sampled else torch.full((len(test_tx), 1), -torch.inf)
+    noise = data.per_image_sum(logvar.exp().sum(1)) / data.per_image
+    rows = [{"measure": "share", "part": part, **interval} for part, interval
+            in variance_shares(data, candidates, by_map, by_t, noise).items()]
+    for source, blocks in {"x and t(x)": [[x, tx], [test_x[data.test_index], test_tx]],
+                           "t(x)": [[tx], [test_tx]]}.items():
         rows += [{"measure": name, "target": target, "from": source, **interval} for (target, name), interval
                  in predict_targets(data, *blocks, device).items()]
-    maps = [("ridge", ridge_map(data, x, tx, test_x, device), test_tx.unflatten(0, (data.n, -1)))]
+    maps = [("ridge", by_map, candidates), ("t alone", by_t, candidates)]
+    if transformed.sampled:  # what a perfect map would predict: all but the noise
+        maps.append(("ceiling, mu of t(x)", transformed.mu["test"].unflatten(0, candidates.shape[:2]), candidates))
     for predict, wanted in learned:
         maps += predict(data, test_x, wanted)
-    for name, predicted, candidates in maps:
-        measured, shares = retrieval(data, predicted, candidates)
-        rows += [{"measure": score, "map": name, **interval} for score, interval in measured.items()]
-        rows[-len(measured)]["ranks"] = shares
+    scores = {}
+    for name, predicted, wanted in maps:
+        scores[name], shares = retrieval(data, predicted, wanted)
+        rows += [{"measure": score, "map": name, **data.mean(values)} for score, values in scores[name].items()]
+        rows[-len(scores[name])]["ranks"] = shares
+    rows += [{"measure": f"excess {score}", "map": "ridge", **data.mean(values - scores["t alone"][score])}
+             for score, values in scores["ridge"].items()]
+    if twice or data.every:
+        measured = composition(data, act, test_x, by_map, candidates, twice and twice.draw("test"))
+        rows += [{"measure": name, "map": "ridge", **interval} for name, interval in measured.items()]
     return [*rows, {"measure": "moved", **movement(data, test_x, test_tx)}]
 
 
 def probe_equivariance(args, device):
     """Returns rows, dicts that --json writes, tables, and the notes to print under them."""
-    checkpoints, dataset = load_checkpoints(args.checkpoints, args.dataset)
+    checkpoints, dataset = load_checkpoints(args)
     dtype = choose_precision(args.precision, device)
     size, generator = checkpoints[0][2]["config"]["image_size"], torch.Generator().manual_seed(args.seed)
 
     def some_images(split, most):
-        images = load_images(dataset, split, args.data_dir, size).images
-        images = images[torch.randperm(len(images), generator=generator)[:most]]
+        images, labels, *_ = load_images(dataset, split, args.data_dir, size)
         if len(images) < 10:
             raise UserError(f"'{dataset}' has {len(images)} {split} images: measuring equivariance takes 10 or more")
-        return images
+        chosen = torch.randperm(len(images), generator=generator)[:most]
+        return images[chosen], labels[chosen]
 
-    images, test_images = some_images("train", args.pairs), some_images("test", args.images)
-    test_images = test_images[: len(test_images) - len(test_images) % 2]
+    (images, labels), (test_images, test_labels) = some_images("train", args.pairs), some_images("test", args.images)
+    even = len(test_images) - len(test_images) % 2
+    test_images, test_labels = test_images[:even], test_labels[:even]
 
-    def measured(data, name, method, encoder, config, target_encoder=None, predict=None):
+    def features(encoder, config, split, index=None, apply=None):
+        return encode(encoder, split, config["mean"], config["std"], device, dtype, index=index, apply=apply)
+
+    def encoded(data, encoder, config):
+        """(training, test) features of x and of t(x), and of t2(t1(x)) where asked for, which has no training pairs."""
         torch.manual_seed(args.seed)  # a row does not depend on the rows above it
+        of = partial(features, encoder, config)
+        splits = [(of(images), of(test_images)), (of(images, data.train_index, data.train_apply),
+                                                  of(test_images, data.test_index, data.test_apply))]
+        if args.compose and not data.every:
+            splits.append(2 * (of(test_images, data.test_index, data.apply_twice),))
+        return splits
 
-        def features(encoder, split, **which):
-            return encode(encoder, split, config["mean"], config["std"], device, dtype, **which)
-
-        pairs_of, views_of = ({"index": index, "apply": apply} for index, apply in (
-            (data.train_index, data.train_apply), (data.test_index, data.test_apply)))
-        x = features(encoder, images), features(encoder, test_images)
-        tx = features(encoder, images, **pairs_of), features(encoder, test_images, **views_of)
-        wanted = features(target_encoder, test_images, **views_of) if target_encoder else tx[1]
+    def measured(data, name, method, x, tx, twice=None, predict=None, wanted=None):
         for kind in [None] if x[0][1] is None else ["sample", "mu"]:
-            original, transformed = (Representation(name, method, kind, *splits) for splits in (x, tx))
+            torch.manual_seed(args.seed)
+            represented = [splits and Representation(name, method, kind, *splits) for splits in (x, tx, twice)]
             learned = [(predict, Representation(name, method, kind, wanted, wanted).draw("test"))] if predict else []
-            row = {"checkpoint": name, "method": method, "features": kind, "transformations": data.family,
-                   "dataset": dataset, "test_images": data.n, "per_image": args.per_image, "pairs": args.pairs,
-                   "seed": args.seed}
-            yield from ({**row, **found} for found in measure(data, original, transformed, learned, device))
+            row = described(data, name, method, kind)
+            yield from ({**row, **found} for found in measure(data, *represented, learned, device))
+
+    def described(data, name, method, kind):
+        return {"checkpoint": name, "method": method, "features": kind, "transformations": data.family,
+                "border": data.border, "dataset": dataset, "test_images": data.n, "per_image": data.per_image,
+                "pairs": args.pairs, "seed": args.seed}
+
+    def layers(data, name, method, encoder, config):
+        """The shares, and the k-NN error, after each block."""
+        if not args.layers or not hasattr(encoder, "trunk"):
+            return
+        blocks, settings = Blocks(encoder.trunk), Settings(1, args.seed, device, dtype)
+        x, tx, *_ = encoded(data, blocks, config)
+        parts = zip(*(features.split(blocks.widths, 1) for splits in (x, tx) for features, _ in splits), strict=True)
+        for block, (train, test, train_tx, test_tx) in enumerate(parts, 1):
+            x = Representation(name, method, f"block {block}", (train, None), (test, None))
+            (predicted,) = knn_predictions(x, torch.arange(len(images)), labels, settings)
+            wrong = torch.from_numpy(predicted != test_labels.numpy()).double()
+            maps = fit_maps(data, train[data.train_index], train_tx, test, device)[1:]
+            shares = variance_shares(data, test_tx.unflatten(0, (data.n, -1)), *maps, torch.zeros(data.n).double())
+            found = [{"measure": "k-NN error", **data.mean(wrong)},
+                     *({"measure": "share", "part": part, **interval} for part, interval in shares.items())]
+            yield from ({**described(data, name, method, x.features), "block": block, **one} for one in found)
 
     rows = []
     for family in dict.fromkeys(args.transformations or ("projective", "crop", "colour")):
@@ -385,31 +601,53 @@ def probe_equivariance(args, device):
                    or one[2]["method"].startswith("stl")]
         if not members:
             continue
-        data = EvaluationSet(family, len(images), len(test_images), args.pairs, args.per_image, size, args.seed)
+        data = EvaluationSet(family, len(images), len(test_images), args.pairs, args.per_image, size, args.seed,
+                             args.border)
         chosen = members if args.rows != "baselines" else []
         for name, path, checkpoint, encoder in tqdm(chosen, desc=family, leave=False, disable=None):
-            method = checkpoint["method"]
+            method, config = checkpoint["method"], checkpoint["config"]
             load = next((load for begin, load in LEARNED_MAPS.items() if method.startswith(begin)), None)
             exported = checkpoint["model"] is checkpoint["encoder"]  # without the map
-            learned = load(checkpoint, path) if load and not exported else ()
-            rows += measured(data, name, method, encoder, checkpoint["config"], *learned)
+            target_encoder, predict = load(checkpoint, path) if load and not exported else (None, None)
+            x, tx, *twice = encoded(data, encoder, config)
+            wanted = tx[1]
+            if target_encoder:
+                wanted = features(target_encoder, config, test_images, data.test_index, data.test_apply)
+            rows += measured(data, name, method, x, tx, *twice, predict=predict, wanted=wanted)
+            rows += layers(data, name, method, encoder, config)
         if args.rows == "checkpoints":
             continue
         for kind, config in architectures(members).items():
             encoder = random_encoder(images, config, args.seed, device, dtype)
-            rows += measured(data, None, f"random encoder ({kind})", encoder, config)
+            rows += measured(data, None, f"random encoder ({kind})", *encoded(data, encoder, config))
+            rows += layers(data, None, f"random encoder ({kind})", encoder, config)
+        config = checkpoints[0][2]["config"]
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(size, 32)), nn.Flatten())
-        rows += measured(data, None, "raw pixels", pixels, checkpoints[0][2]["config"])
+        rows += measured(data, None, "raw pixels", *encoded(data, pixels, config))
+        stacked = encoded(data, FourTurns(size, args.seed), config)
+        rows += measured(data, None, "steerable control", *stacked)
+        averaged = [[(average_of_turns(features), None) for features, _ in splits] for splits in stacked]
+        rows += measured(data, None, "invariant control", *averaged)
     notes = [
-        f"{dataset}: {len(test_images):,} test images, {args.per_image} transformations each, two images share theirs; "
-        f"ridge regressions fitted on {args.pairs:,} pairs of {len(images):,} training images, the penalty chosen on "
-        f"{RIDGE_VALIDATION:.0%} of these; no crops or flips; seed {args.seed}",
+        f"{dataset}: {len(test_images):,} test images, {args.per_image} transformations each (of rotation all 4), two "
+        f"images share theirs, border {args.border}; ridge regressions fitted on {args.pairs:,} pairs of "
+        f"{len(images):,} training images, the penalty chosen on {RIDGE_VALIDATION:.0%} of these; no crops or flips; "
+        f"seed {args.seed}",
         *explain_features(rows),
-        "prediction: from the features of x and t(x) and their products, without which the two cannot be compared "
-        "(--json has it without them too), or of t(x) alone; R² of 1 is perfect, of 0 the training mean",
-        "MRR, H@1, H@5: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
-        "same image; by a ridge regression on f(x), t and their products, or (its ...) by the method's own map",
+        "shares of the variance of f(t(x)): invariant stays when t changes; equivariant changes, and is predicted from "
+        "f(x) and t; of that a part from t alone, the same for all images; the rest is unexplained; the three sum to 1",
+        "prediction: from the features of x and t(x) and their products, without which the two cannot be compared, or "
+        "of t(x) alone; R² of 1 is perfect, of 0 the training mean",
+        "MRR, H@1: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
+        "same image; by a ridge regression on f(x), t and their products, or (its ...) by the method's own map; excess "
+        "H@1: over that of a ridge regression on t alone",
+        *["does the map compose: mean squared errors over the ridge map's own: the map of t2 after that of t1, against "
+          "f(t2(t1(x))); for quarter turns also against the map of both, and a turn four times against f(x)"]
+        * any(question(row) == "composition" for row in rows),
+        *[f"block by block: averaged over the image's four quarters; k-NN on {len(images):,} labels"] * args.layers,
         "moved: mean |f(t(x)) - f(x)|² over mean |f(x) - f(x')|²; 0 is invariant",
+        *["controls: a small untrained network's features over the four quarter turns of the image, stacked (exactly "
+          "steerable under rotation) and averaged (exactly invariant)"] * (args.rows != "checkpoints"),
         f"last lines: half the widest 95 % interval of the column, of {BOOTSTRAP:,} bootstrap samples of the test "
         "images; it says nothing of training seeds",
     ]
@@ -420,11 +658,18 @@ def probe_equivariance(args, device):
 
 
 ALONE = ", t(x) alone"
+QUESTIONS = {"share": "shares of the variance of f(t(x))", "x and t(x)": "predicted from x and t(x)",
+             "t(x)": "predicted from t(x) alone", None: "retrieval and movement", "composition": "does the map compose",
+             "block": "block by block"}
+ONLY_STUDIES = ("t error", "H@5")  # tables of at most six columns lack these
 
 
 def column(row):
     """The heading under which a row's value stands; None for what only --json tells."""
-    if row.get("from") == "x and t(x), no products":
+    if row["measure"] == "share":
+        return None if row["part"] in ("image by image", "noise of sigma") else row["part"]
+    if (row.get("map") == "t alone" or row["measure"] in ("excess MRR", "excess H@5")
+            or row.get("from") == "x and t(x), no products"):  # in older files
         return None
     alone = ALONE if row.get("from") == "t(x)" else ""
     if row["measure"] == "squared error":
@@ -434,33 +679,43 @@ def column(row):
     return row["measure"]
 
 
+def question(row):
+    """Which of QUESTIONS a row answers."""
+    if "block" in row:
+        return "block"
+    return "composition" if row["measure"] in COMPOSITION else "share" if row["measure"] == "share" else row.get("from")
+
+
 def make_tables(rows, errors):
-    """For each family of transformations three of `probe.Table`: what is predicted from x and t(x), what from t(x)
-    alone, and retrieval and movement. errors: what `reference_errors` returns."""
-    per_image = rows[0]["per_image"]
-    nothing = {"t error": errors["constant_predictor"], "rotation": 0.25, "H@1": 1 / per_image, "H@5": 5 / per_image,
-               "MRR": sum(1 / rank for rank in range(1, per_image + 1)) / per_image}
-    rotation = {"t error": errors["rotation_only"], "rotation": 1.0,
-                "t R²": 1 - errors["rotation_only"] / errors["constant_predictor"]}
-    questions = {"x and t(x)": "predicted from x and t(x)", "t(x)": "predicted from t(x) alone",
-                 None: "retrieval and movement"}
+    """For each family of transformations a `probe.Table` for each of QUESTIONS. errors: what `reference_errors`
+    returns."""
+    rotation = {"rotation": 1.0, "t R²": 1 - errors["rotation_only"] / errors["constant_predictor"]}
     tables = []
     for family in dict.fromkeys(row["transformations"] for row in rows):
-        for source, question in questions.items():
+        per_image = next(row["per_image"] for row in rows if row["transformations"] == family)
+        nothing = {"rotation": 0.25, "H@1": 1 / per_image, "excess H@1": 0.0,
+                   "MRR": sum(1 / rank for rank in range(1, per_image + 1)) / per_image}
+        for key, title in QUESTIONS.items():
             found = [(column(row).removesuffix(ALONE), row) for row in rows
-                     if (row["transformations"], row.get("from")) == (family, source) and column(row)]
+                     if row["transformations"] == family and question(row) == key and column(row)]
+            if not found:
+                continue
+            headings = [heading for heading in dict.fromkeys(heading for heading, _ in found)
+                        if heading not in ONLY_STUDIES][:4]
             widest, cells = {}, {}
             for heading, row in found:
                 widest[heading] = max(widest.get(heading, 0.0), (row["high"] - row["low"]) / 2)
                 cells.setdefault(row_label(row), {})[heading] = row["value"]
-            no_r2 = {heading: 0.0 for heading in widest if heading.endswith("R²")}
-            cells["knowing nothing", ""] = {**no_r2, **nothing}
-            if "t" in (heading.partition(" ")[0] for heading in widest):
+            if key in ("x and t(x)", "t(x)", None):
+                no_r2 = {heading: 0.0 for heading in headings if heading.endswith("R²")}
+                cells["knowing nothing", ""] = {**no_r2, **nothing}
+            if "t R²" in headings:
                 cells["knowing the rotation", ""] = rotation
             cells["95 % interval, at most ±", ""] = widest
             lines = [[*label, *(f"{round(of[heading], 3) + 0.0:.3f}" if heading in of else ""  # never -0.000
-                                for heading in widest)] for label, of in cells.items()]
-            tables.append(Table(f"{family.capitalize()} transformations, {question}", ["", "features", *widest], lines))
+                                for heading in headings)] for label, of in cells.items()]
+            tables.append(Table(f"{family.capitalize()} transformations, {title}", ["", "features", *headings],
+                                lines))
     return tables
 
 
@@ -469,10 +724,20 @@ def parse_args():
                                "python equivariance.py pt.ckpt vte_ba.ckpt --json equivariance.json")
     add = parser.add_argument_group("equivariance").add_argument
     add("--transformations", nargs="+", choices=list(FAMILIES),
-        help="to measure all checkpoints under (default: projective, and for STL crop and colour too)")
+        help="to measure all checkpoints under; rotation: by quarter turns (default: projective, and for STL crop and "
+        "colour too)")
+    add("--border", choices=["grey", "reflect", "inside"], default="grey",
+        help="what a transformed image shows outside of x: grey, as in training, which gives t away; x reflected; or "
+        "nothing, each t being followed by the same zoom into what is always inside (x itself is whole); crops and "
+        "colours show nothing outside")
+    add("--compose", action="store_true",
+        help="also compare the ridge map used twice with t2(t1(x)), whose features take half the time again; of "
+        "rotation always")
+    add("--layers", action="store_true",
+        help="also the shares, and the k-NN error, after each block of the encoders; twice the time")
     add("--images", type=number(int, 10), default=300, metavar="N", help="test images")
     add("--per-image", type=number(int, 10), default=60, metavar="N",
-        help="transformations of each test image, the candidates in retrieval")
+        help="transformations of each test image, the candidates in retrieval; of rotation all 4")
     add("--pairs", type=number(int, 10), default=4000, metavar="N", help="training pairs for the ridge regressions")
     return parser.parse_args()
 

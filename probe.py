@@ -17,6 +17,7 @@ What the papers do not state is in the constants below, and printed. equivarianc
 """
 
 import copy
+import importlib.util
 import json
 import os
 import shlex
@@ -46,10 +47,13 @@ from common import (
     choose_device,
     choose_precision,
     export_encoder,
+    image_side,
     keep_freed_memory,
     load_checkpoint,
     load_encoder,
     load_images,
+    load_weights,
+    number,
     positive_int,
     provenance,
     reparameterize,
@@ -155,23 +159,101 @@ def random_encoder(images, config, seed, device, dtype):
     return calibrated(encoder, images, config, device, dtype)
 
 
-def load_checkpoints(paths, dataset=None):
-    """[(short name, path, checkpoint, encoder)] and the data set to evaluate on. dataset: in place of theirs. Raises
-    UserError where they do not fit each other, or their data set is not to be found."""
-    names = [Path(path).name for path in paths]
-    names = names if len(set(names)) == len(names) else list(map(str, paths))
-    loaded = [(name, path, load_checkpoint(path)) for name, path in zip(names, paths, strict=True)]
-    checkpoints = [(*one, load_encoder(one[2], one[1])) for one in loaded]
+# Encoders that are not minTER's: torchvision:NAME, torchvision:NAME:WEIGHTS, timm:NAME, timm:NAME:pretrained, and
+# FILE.py:FUNCTION, which returns a module. Without weights they are untrained. A file WEIGHTS.pt after one of these, a
+# state dict, is loaded into it.
+
+
+def is_foreign(name):
+    return name.startswith(("torchvision:", "timm:")) or ".py:" in name
+
+
+def load_foreign(name, weights, image_size, mean, std):
+    """What a checkpoint and its encoder are, of an encoder that is not minTER's: features before the classifier, which
+    is the last linear layer of torchvision's models. image_size, mean, std: None for what the library says. Raises
+    UserError, also unless the features are (N, D)."""
+    source, _, rest = name.rpartition(".py:") if ".py:" in name else name.partition(":")
+    kind, _, pretrained = rest.partition(":")
+    head = None
+    try:
+        if source == "torchvision":
+            from torchvision import models
+
+            encoder, known = models.get_model(kind, weights=pretrained or None), models.get_model_weights(kind)
+            head = [layer for layer, module in encoder.named_modules() if isinstance(module, nn.Linear)][-1]
+            parent, _, last = head.rpartition(".")
+            setattr(encoder.get_submodule(parent), last, nn.Identity())
+            about = known[pretrained or "DEFAULT"].transforms()
+            theirs = about.crop_size[0], about.mean, about.std
+        elif source == "timm":
+            import timm
+
+            encoder = timm.create_model(kind, pretrained=bool(pretrained), num_classes=0)
+            about = timm.data.resolve_model_data_config(encoder)
+            theirs = about["input_size"][-1], about["mean"], about["std"]
+        else:
+            spec = importlib.util.spec_from_file_location(Path(source).name, f"{source}.py")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            encoder, theirs = getattr(module, kind)(), (None, None, None)
+        if weights is not None:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = {key: value for key, value in state.items() if head is None or not key.startswith(f"{head}.")}
+            load_weights(encoder, state, weights)
+        size, mean, std = (given or found for given, found in zip((image_size, mean, std), theirs, strict=True))
+        if None in (size, mean, std):
+            raise UserError(f"{name} does not say what images it takes: give --image-size, --mean and --std", 2)
+        with torch.no_grad():
+            features = encoder.eval()(torch.zeros(2, 3, size, size))
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name} takes a package that is not here: pip install {error.name}", exit_code=2) from error
+    except Exception as error:  # whatever is wrong in the code, the network or the weights of others
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(f"{name} cannot be loaded and run ({type(error).__name__}: {reason[:200]})") from error
+    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 2:
+        found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        raise UserError(f"{name} returns {found} of 2 images: features (N, D), a tensor, are needed")
+    config = {"encoder": "nin" if size <= 64 else "resnet18", "probabilistic": False,  # beside it, untrained
+              "image_size": size, "mean": mean, "std": std, "dataset": None}
+    return {"method": kind, "config": config, "model": None, "encoder": None}, encoder
+
+
+def load_checkpoints(args):
+    """[(short name, path, checkpoint, encoder)] of the arguments, and the data set to evaluate on. Raises UserError
+    where they do not fit each other, or their data set is not to be found."""
+    given, loaded = [], []
+    for path in args.checkpoints:
+        if given and is_foreign(given[-1][0]) and Path(path).suffix in (".pt", ".pth"):
+            given[-1] = given[-1][0], path
+        else:
+            given.append((path, None))
+    names = [Path(path).name for path, _ in given]
+    names = names if len(set(names)) == len(names) else [path for path, _ in given]
+    for name, (path, weights) in zip(names, given, strict=True):
+        if is_foreign(path):
+            torch.manual_seed(args.seed)  # of weights, where it is untrained
+            one = load_foreign(path, weights, args.image_size, args.mean, args.std)
+            name = f"{name} {Path(weights).name}" if weights else name
+        else:
+            checkpoint = load_checkpoint(path)
+            one = checkpoint, load_encoder(checkpoint, path)
+        loaded.append((name, path, *one))
+    configs = [checkpoint["config"] for _, _, checkpoint, _ in loaded]
     for name, flag in (("dataset", "--dataset"), ("image_size", None)):
-        values = sorted({str(checkpoint["config"][name]) for _, _, checkpoint, _ in checkpoints})
-        if len(values) > 1 and not (flag and dataset):
+        values = sorted({str(config[name]) for config in configs if config[name]})
+        if len(values) > 1 and not (flag and args.dataset):
             raise UserError(f"the checkpoints differ in {name} ({', '.join(values)}): evaluate them one by one"
                             + (f", or all of them on what {flag} names" if flag else ""), exit_code=2)
-    theirs = checkpoints[0][2]["config"]["dataset"]
-    if not (dataset or theirs in NAMED or Path(theirs).is_dir()):
-        raise UserError(f"there is no folder '{theirs}' here, which is where the data lay when '{paths[0]}' was "
+    theirs, path = next(((config["dataset"], path) for config, (path, _) in zip(configs, given, strict=True)
+                         if config["dataset"]), ("", given[0][0]))
+    if not (args.dataset or theirs):
+        raise UserError(f"{path} names no data: --dataset gives the images to evaluate on", exit_code=2)
+    if not (args.dataset or theirs in NAMED or Path(theirs).is_dir()):
+        raise UserError(f"there is no folder '{theirs}' here, which is where the data lay when '{path}' was "
                         "trained: --dataset DIR gives another", exit_code=2)
-    return checkpoints, dataset or theirs
+    return loaded, args.dataset or theirs
 
 
 def architectures(checkpoints):
@@ -391,7 +473,7 @@ def choose_subsets(labels, sizes, seed, dataset):
 
 def probe(args, device):
     """Returns rows, dicts that --json writes, tables, and the notes to print under them."""
-    checkpoints, dataset = load_checkpoints(args.checkpoints, args.dataset)
+    checkpoints, dataset = load_checkpoints(args)
     dtype = choose_precision(args.precision, device)
     train, test = (load_images(dataset, split, args.data_dir, checkpoints[0][2]["config"]["image_size"])
                    for split in ("train", "test"))
@@ -497,7 +579,7 @@ def row_label(row):
     name = f"{row['method']} ({row['checkpoint']})" if row["checkpoint"] else row["method"]
     if row.get("map", "ridge") != "ridge":
         name = f"{name}: its {row['map']}"
-    return name, FEATURES[row["features"]][0] if row["features"] else ""
+    return name, FEATURES.get(row["features"], [row["features"] or ""])[0]
 
 
 def explain_features(rows):
@@ -543,8 +625,8 @@ def write_markdown(tables, notes, path, brief=False):
         notes = [note + "; these rows are in what --json writes" * note.startswith(sampled) for note in notes]
     parts.append(("How it was measured", [f"- {note}" for note in notes]))
     text = []
-    for number, (title, lines) in enumerate(parts):
-        if brief and number:
+    for place, (title, lines) in enumerate(parts):
+        if brief and place:
             text += [f"<details><summary>{title}</summary>", "", *lines, "", "</details>", ""]
         else:
             text += [f"**{title}**", "", *lines, ""]
@@ -611,12 +693,19 @@ def evaluation_parser(description, example):
     """The flags of all evaluations of checkpoints."""
     parser = Parser(description=description, epilog=f"example:\n  {example}")
     add = parser.add_argument_group("what to evaluate").add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="data set, encoder and sizes come from the checkpoint")
+    add("checkpoints", nargs="+", metavar="ENCODER",
+        help="a checkpoint; or torchvision:NAME, timm:NAME or FILE.py:FUNCTION, whose features are (N, D), untrained "
+        "unless a file WEIGHTS.pt follows, or torchvision:NAME:DEFAULT or timm:NAME:pretrained ask for weights")
     add("--dataset", help="other data: digits, cifar10, stl10 or a folder (default: the checkpoint's)")
     add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
+    add("--image-size", type=image_side, help="of encoders that are no checkpoints (default: the library's)")
+    add("--mean", nargs=3, type=number(float, 0, 1), metavar=tuple("RGB"),
+        help="of each channel of images in [0, 1], for encoders that are no checkpoints (default: the library's)")
+    add("--std", nargs=3, type=number(float, 0.001, 1), metavar=tuple("RGB"),
+        help="the same of the standard deviation (default: the library's)")
     add("--rows", choices=["all", "checkpoints", "baselines"], default="all",
         help="baselines: the random encoder and raw pixels alone, for studies that make them once")
-    add("--seed", type=seed_int, default=0, help="of subsets, transformations, sampled z, MLP weights, random encoder")
+    add("--seed", type=seed_int, default=0, help="of subsets, transformations, sampled z, MLP, untrained encoders")
     add = parser.add_argument_group("where").add_argument
     add("--json", metavar="FILE", help="also write the rows, and what they were made with")
     add("--markdown", metavar="FILE", help="also write the tables; in a page with the lines <!-- measured --> and "

@@ -52,7 +52,7 @@ def coefficients_from_matrices(matrices):
     return (inverse / last).flatten(1)[:, :8].to(matrices.dtype)
 
 
-def sample_corners(n, size, generator=None):
+def sample_corners(n, size, generator=None, family="projective"):
     """Where n random projective transformations move the corners of an image, drawn as AVT and VTE draw them.
     Everything draws from here: training, `reference_errors`, equivariance.py. Another family goes here.
 
@@ -61,14 +61,20 @@ def sample_corners(n, size, generator=None):
     centre is size / 2 (AVT's code adds half a pixel).
 
     size: side in pixels, or (height, width). generator: everything is drawn with it, on its device; None for the
-    default one. Returns quarter_turns (n,) int64, 0 to 3, and corners (n, 4, 2) float64, (x, y) in pixels, for
-    `coefficients_from_corners`.
+    default one. family: projective, or a part of it alone: scale; translation, all corners alike; rotation, the four
+    turns one after the other, nothing of which is random. Returns quarter_turns (n,) int64, 0 to 3, and corners (n, 4,
+    2) float64, (x, y) in pixels, for `coefficients_from_corners`.
     """
     height, width = (size, size) if isinstance(size, int) else size
     draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
     quarter_turns = torch.randint(0, 4, (n, 1), **draw)
     scale = 0.8 + 0.4 * torch.rand(n, 1, 1, dtype=torch.float64, **draw)
     shift = torch.randint(-4, 5, (n, 4, 2), **draw)
+    if family != "projective":
+        turns = torch.arange(n, device=scale.device)[:, None] % 4
+        quarter_turns = turns if family == "rotation" else torch.zeros_like(turns)
+        scale = scale if family == "scale" else torch.ones_like(scale)
+        shift = shift[:, :1] if family == "translation" else torch.zeros_like(shift)
 
     corner = torch.arange(4, device=scale.device)  # top left, top right, bottom right, bottom left
     right, down = (corner == 1) | (corner == 2), corner >= 2

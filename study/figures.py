@@ -3,6 +3,7 @@
     python study/figures.py curves pt.jsonl vte_ba.jsonl --output curves.png
     python study/figures.py codes stl.ckpt --output codes.png
     python study/figures.py decoded pt.ckpt avt.ckpt --output decoded.png
+    python study/figures.py shares equivariance.json --output shares.png
     python study/figures.py ranks equivariance.json --output ranks.png
     python study/figures.py features pt.ckpt vte_ba.ckpt --output features.png
     python study/figures.py errors results/cifar10-small.json --output errors.png
@@ -51,6 +52,13 @@ COLOURS = {  # one a method in every picture; Okabe and Ito's, told apart by the
     "stl": "#D55E00", "simclr": "#000000", "augmix": "#A0522D", "steerable": "#7F9F00", "mean_target": "#5D3A9B",
     "random_ba": "#66C2A5", "random_infonce1": "#E7B8D3", "random_infonce2": "#A9DBF5",
     "random encoder": "#777777", "raw pixels": "#777777"}
+SHARES = {  # of the variance of f(t(x)), as `equivariance.variance_shares` names them: title and colour in pictures
+    "invariant": ("invariant: stays when t changes", "#0072B2"),
+    "the same for all images": ("equivariant, the same for all images: follows from t alone", "#F0E442"),
+    "image by image": ("equivariant, image by image: follows from f(x) and t", "#E69F00"),
+    "unexplained": ("changes with t, unexplained", "#BBBBBB"),
+    "noise of sigma": ("noise of σ", "#666666")}
+TRANSFORMATIONS = ["projective", "rotation", "scale", "translation", "crop", "colour", "crop+colour"]
 MARKERS = {"random encoder": "s", "raw pixels": "X"}
 
 
@@ -303,6 +311,53 @@ def draw_ranks(args):
     save(figure, args.output)
 
 
+def draw_shares(args):
+    """The shares of the variance of f(t(x)), a bar for each method in the JSON of equivariance.py. A part below 0, by a
+    map worse than none, goes to the left. Of z sampled the noise of sigma stands apart."""
+    from tables import METHODS
+
+    from probe import read_rows
+
+    bars, notes = {}, set()
+    try:
+        for row in read_rows(args.rows):
+            if (row["measure"] == "share" and row["transformations"] == args.transformations
+                    and row["features"] in (None, args.features)):
+                name = row["checkpoint"] or row["method"]
+                if "/" not in name:  # there are not two of that name
+                    name = METHODS.get(Path(name).stem, name).replace("*", "")
+                bars.setdefault(name, {})[row["part"]] = [row["value"], row["low"], row["high"]]
+                notes.add(f"{row['test_images']} test images of {Path(row['dataset']).name}, border {row['border']}")
+        for parts in bars.values():
+            if noise := parts.get("noise of sigma"):  # a known number: what is left has the interval of both
+                parts["unexplained"] = [value - noise[0] for value in parts["unexplained"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"'{args.rows}' is no file that equivariance.py --json wrote ({error})") from error
+    if not bars:
+        raise UserError(f"'{args.rows}' holds no shares under {args.transformations} transformations")
+    figure, axis = plt.subplots(figsize=(7.6, 1.9 + 0.34 * len(bars)), layout="constrained")
+    shown = {name: style for name, style in SHARES.items() if any(name in parts for parts in bars.values())}
+    for place, parts in enumerate(bars.values()):
+        right = left = 0
+        for number, (name, (_, colour)) in enumerate((name, style) for name, style in shown.items() if name in parts):
+            value, low, high = parts[name]
+            axis.barh(place, value, 0.72, right if value >= 0 else left, color=colour, edgecolor="white", linewidth=0.5)
+            right, left = right + max(value, 0), left + min(value, 0)
+            end = right if value >= 0 else left
+            axis.errorbar(end, place + 0.12 * (number % 3 - 1), xerr=[[max(0, value - low)], [max(0, high - value)]],
+                          color="black", capsize=2, linewidth=1)
+    axis.set_yticks(range(len(bars)), bars)
+    axis.invert_yaxis()
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params("y", length=0)
+    axis.axvline(0, color="black", linewidth=0.8)
+    figure.supxlabel("share of the variance of f(t(x)); marks: 95 % interval of the part that ends there", fontsize=9)
+    axis.set_title(f"{args.transformations.capitalize()} transformations ({'; '.join(sorted(notes))})", fontsize=10)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=title) for title, colour in shown.values()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    save(figure, args.output)
+
+
 def drawable(names):
     """Names of classes as the fonts of this machine can draw them, which it sets: matplotlib's own, and any that has
     what that lacks. "class 3" stands for a name in a script that no font has."""
@@ -456,10 +511,12 @@ def parse_args():
     add("--dataset", help="other data than the first checkpoint's, whose test images are used")
     add("--columns", type=positive_int, default=7, help="how many images")
     drawn_from_data(add, "images and transformations")
-    add = picture("ranks", draw_ranks, "histograms of ranks in retrieval")
-    add("rows", metavar="JSON", help="what equivariance.py --json wrote")
-    add("--transformations", choices=["projective", "crop", "colour", "crop+colour"], default="projective",
-        help="which of those it holds")
+    for name, draw, help in (("ranks", draw_ranks, "histograms of ranks in retrieval"),
+                             ("shares", draw_shares, "what of the features is invariant, equivariant, unexplained")):
+        add = picture(name, draw, help)
+        add("rows", metavar="JSON", help="what equivariance.py --json wrote")
+        add("--transformations", choices=TRANSFORMATIONS, default="projective", help="which of those it holds")
+    add("--features", choices=["mu", "sample"], default="mu", help="of encoders that have a sigma")
     add = picture("features", draw_features, "t-SNE of features, by class and by rotation")
     add("checkpoints", nargs="+", metavar="CKPT", help="two, say: a line of pictures for each")
     add("--dataset", help="other data than each checkpoint's own, whose test images are used")

@@ -4,6 +4,7 @@ literal forms, chance, the bootstrap, the methods' own maps, and the command."""
 import json
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from minter_warp import (
     sample_coefficients,
     sample_corners,
     transformation_target,
+    warp_batch,
 )
 from predictive_transform import PredictiveTransform
 from probe import Representation, encode, read_rows, standardizer
@@ -47,8 +49,9 @@ def scores(data, x, tx):
     """x, tx: pairs of (training, test) features. The measures of a deterministic representation, by their names."""
     original, transformed = (Representation("a.ckpt", "planted", None, *((features, None) for features in splits))
                              for splits in (x, tx))
-    rows = measure(data, original, transformed, [], CPU)
-    return {(row["measure"], row.get("target"), row.get("from")): row for row in rows}
+    rows = measure(data, original, transformed, None, [], CPU)
+    return {(row["measure"], row.get("target") or row.get("part"), row.get("from")): row for row in rows
+            if row.get("map") != "t alone"}
 
 
 def value(rows, measure, target=None, source="x and t(x)"):
@@ -108,7 +111,8 @@ def test_an_encoder_that_turns_with_the_rotation_is_found_by_a_map_that_multipli
     content = noise(800, 6), noise(40, 6, seed=2)
     tx = [torch.einsum("noi,ni->no", turns[targets["rotation"].argmax(1)], of[index]) for of, index, targets in
           zip(content, (data.train_index, data.test_index), (data.train_targets, data.test_targets), strict=True)]
-    predicted = ridge_map(data, content[0][data.train_index], tx[0], content[1], CPU).flatten(0, 1)
+    act = ridge_map(data, content[0][data.train_index], tx[0], CPU)
+    predicted = act(content[1][data.test_index], data.joined_targets()[1])
     assert torch.nn.functional.cosine_similarity(predicted, tx[1]).min() > 0.98
     rows = scores(data, content, tx)
     # The true one is first, with all others of its rotation, which have the very same features.
@@ -133,8 +137,11 @@ def test_a_transformation_that_shows_only_beside_the_original_takes_products():
           zip(content, (data.train_index, data.test_index), flip, strict=True)]
     rows = scores(data, content, tx)
     assert abs(value(rows, "accuracy", "rotation") - 0.5) < 0.07  # one of two, of four
-    for source in ("x and t(x), no products", "t(x)"):
-        assert abs(value(rows, "accuracy", "rotation", source) - 0.25) < 0.07
+    sums = [torch.cat([of[index], after], 1) for of, index, after in
+            zip(content, (data.train_index, data.test_index), tx, strict=True)]
+    without_products = equivariance.predict_targets(data, sums[:1], sums[1:], CPU)["rotation", "accuracy"]["value"]
+    for accuracy in (without_products, value(rows, "accuracy", "rotation", "t(x)")):
+        assert abs(accuracy - 0.25) < 0.07
 
 
 def test_sampled_features_are_measured_with_their_noise():
@@ -147,12 +154,186 @@ def test_sampled_features_are_measured_with_their_noise():
         transformed = Representation("a", "planted", kind, *((t, torch.full_like(t, logvar)) for t in targets))
         torch.manual_seed(0)
         rows = {(row["measure"], row.get("target"), row.get("from")): row for row in
-                measure(data, original, transformed, [], CPU)}
+                measure(data, original, transformed, None, [], CPU) if row.get("map", "ridge") == "ridge"}
         return value(rows, "R2", "scale"), value(rows, "moved")
 
     exact, noisy = r2("mu", 0.0), r2("sample", 0.0)
     assert exact[0] > 0.999 and noisy[0] < 0.4  # the scale's standard deviation is 0.13, the noise's 1
     assert 1 < noisy[1] < exact[1]  # originals that are all the same in mu lie apart when sampled
+
+
+# ------------------------------------------------------------------------------------------------------------ shares
+
+PARTS = ("invariant", "equivariant", "the same for all images", "image by image", "unexplained")
+QUARTER = torch.tensor([[0.0, -1], [1, 0]])
+TURNS = torch.stack([torch.linalg.matrix_power(torch.block_diag(*[QUARTER] * 4), k) for k in range(4)])  # (4, 8, 8)
+
+
+def planted(data, weights):
+    """Features of x, of t(x), of t(x) as f(x) and t tell, and as t alone tells, (training, test) each. They hold what t
+    leaves, the rotation's own number, content turned in four planes, and noise, of total variances `weights`."""
+    def observe(content, index, turns, seed):
+        own = (torch.eye(4)[turns] - 0.25) / math.sqrt(0.75)  # four equally frequent points: variance 1
+        turned = torch.einsum("noi,ni->no", TURNS[turns], content[index, 8:])
+        parts = [content[index, :8], own, turned, noise(len(index), 8, seed=seed) / math.sqrt(8)]
+        parts = [math.sqrt(weight) * part for weight, part in zip(weights, parts, strict=True)]
+        return [torch.cat([part * (number in kept) for number, part in enumerate(parts)], 1)
+                for kept in ((0, 1, 2, 3), (0, 1, 2), (1,))]
+
+    found = []
+    for seed, n, index, targets in ((1, 1 + int(data.train_index.max()), data.train_index, data.train_targets),
+                                    (2, data.n, data.test_index, data.test_targets)):
+        content = noise(n, 16, seed=seed) / math.sqrt(8)
+        found.append([observe(content, torch.arange(n), torch.zeros(n, dtype=torch.long), seed + 20)[0],
+                      *observe(content, index, targets["rotation"].argmax(1), seed + 10)])
+    return list(zip(*found, strict=True))
+
+
+def planted_shares(data, weights):
+    """Four turns that are all there are leave a quarter of what is random to the image's mean over them."""
+    invariant, same, turned, random = (weight / sum(weights) for weight in weights)
+    stays = random / 4 * data.every
+    return dict(zip(PARTS, (invariant + stays, same + turned, same, turned, random - stays), strict=True))
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (2, 1, 3, 2)])
+@pytest.mark.parametrize("family", ["projective", "rotation"])
+def test_the_shares_are_those_that_were_planted(family, weights):
+    data = evaluation_set(family, train_images=10, pairs=10, test_images=200)
+    features, by_map, by_t = (of[1].unflatten(0, (data.n, -1)) for of in planted(data, weights)[1:])
+    shares = equivariance.variance_shares(data, features, by_map, by_t, torch.zeros(data.n).double())
+    for part, share in planted_shares(data, weights).items():
+        assert shares[part]["value"] == pytest.approx(share, abs=0.005 if max(weights) == 1 else 0.03), part
+    assert sum(shares[part]["value"] for part in ("invariant", "equivariant", "unexplained")) == pytest.approx(1)
+    if weights == (1, 0, 0, 0):
+        assert shares["invariant"]["value"] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("weights", [(0, 1, 0, 0), (0, 0, 1, 0), (2, 1, 3, 2)])
+def test_ridge_maps_find_the_shares_that_were_planted(weights):
+    data = evaluation_set("rotation", train_images=1500, pairs=1500, test_images=200)
+    rows = scores(data, *planted(data, weights)[:2])
+    for part, share in planted_shares(data, weights).items():
+        assert value(rows, "share", part, None) == pytest.approx(share, abs=0.005 if max(weights) == 1 else 0.03), part
+    if weights != (2, 1, 3, 2):  # what is the same for all images is found by t alone: no excess
+        assert value(rows, "H@1") == 1
+        assert value(rows, "excess H@1") == pytest.approx(0.75 * weights[2], abs=0.02)
+
+
+def test_the_shares_have_no_bias_from_few_images_and_transformations():
+    """Content a, an effect h of t that two images share, noise e, all of variance 1: over many draws the parts' mean is
+    what was planted. Two images' means, had they counted, or T draws of t, had they not, would be told apart here."""
+    data = evaluation_set("scale", test_images=10, per_image=10)
+    data.n, data.per_image = 4, 3
+    generator, found = torch.Generator().manual_seed(0), []
+    data.weights = data.weights[:1, :4]
+    data.with_interval = lambda statistic: statistic(data.weights)[0].item()
+    for _ in range(2000):
+        a, h, e = (torch.randn(shape, generator=generator) for shape in ((4, 1, 16), (2, 3, 16), (4, 3, 16)))
+        y, by_t = a + h.repeat_interleave(2, 0) + e, h.repeat_interleave(2, 0)
+        found.append(list(equivariance.variance_shares(data, y, 0.5 * by_t, by_t, torch.zeros(4).double()).values()))
+    # of three units of variance; half of h predicted leaves a quarter of its variance
+    mean, error = torch.tensor(found).mean(0), torch.tensor(found).std(0) / math.sqrt(len(found))
+    expected = torch.tensor([1, 0.75, 1, -0.25, 1.25]) / 3
+    assert ((mean - expected).abs() < 4 * error + 0.003).all(), (mean, error)  # a ratio's own bias is some 0.002
+    assert error.max() < 0.004
+
+
+def test_the_shares_intervals_hold_the_truth_as_often_as_they_say():
+    inside = []
+    for seed in range(60):
+        data = EvaluationSet("projective", 10, 40, 10, 10, 32, seed)
+        a, e = noise(40, 1, 3, seed=2 * seed + 1), noise(40, 10, 3, seed=2 * seed + 2)
+        zeros = torch.zeros(40, 10, 3)
+        row = equivariance.variance_shares(data, a + e, zeros, zeros, torch.zeros(40).double())["invariant"]
+        inside.append(row["low"] < 0.5 < row["high"])
+    assert 0.83 <= np.mean(inside) <= 1  # 95 % of 60, within 4 standard deviations
+
+
+@pytest.mark.parametrize("family", ["projective", "rotation"])
+def test_the_noise_of_sigma_is_a_known_part_of_what_is_unexplained(family):
+    """All four turns are no excuse for noise: what it leaves in their mean is known, and taken out."""
+    data = evaluation_set(family, train_images=300, pairs=300, test_images=200)
+    x, tx, _, _ = planted(data, (2, 0, 1, 0))
+    logvar = math.log(3 / 28)  # of 28 numbers: half of all variance
+    torch.manual_seed(0)
+    rows = measure(data, *(Representation("a", "planted", "sample", *((of, torch.full_like(of, logvar)) for of in both))
+                           for both in (x, tx)), None, [], CPU)
+    shares = {row["part"]: row["value"] for row in rows if row["measure"] == "share"}
+    assert shares["noise of sigma"] == pytest.approx(0.5, abs=0.02)
+    assert shares["invariant"] == pytest.approx(1 / 3, abs=0.03)
+    drawn, exact = (of.unflatten(0, (data.n, -1)) for of in (
+        tx[1] + math.exp(logvar / 2) * noise(*tx[1].shape, seed=5), tx[1]))
+    exact = equivariance.variance_shares(data, drawn, exact, 0 * exact, torch.full((data.n,), 3.0).double())
+    assert exact["unexplained"]["value"] == pytest.approx(0.5, abs=0.01)
+    assert exact["equivariant"]["value"] == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_the_ceiling_is_what_the_noise_of_sigma_leaves():
+    """Full marks where sigma is tiny; chance where t moves nothing but the noise."""
+    data = evaluation_set(test_images=100)
+    told = [targets[:, :8] for targets in data.joined_targets()]
+    for scale, logvar, expected in ((1, -40.0, 1), (0, 0.0, CHANCE["H@1"])):
+        pairs = [[(scale * of, torch.full_like(of, logvar)) for of in splits] for splits in (
+            (torch.zeros(500, 8), torch.zeros(100, 8)), told)]
+        torch.manual_seed(0)
+        rows = measure(data, *(Representation("a", "planted", "sample", *splits) for splits in pairs), None, [], CPU)
+        (found,) = [row["value"] for row in rows if row["measure"] == "H@1" and "ceiling" in row["map"]]
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_features_that_do_not_vary_have_no_shares():
+    data = evaluation_set()
+    rows = scores(data, *([torch.full((n, 4), 0.1) for n in of] for of in ((500, 40), (500, 40 * PER_IMAGE))))
+    assert [value(rows, "share", part, None) for part in PARTS] == [0] * 5
+
+
+# ------------------------------------------------------------------------------------------------------- composition
+
+
+def test_turns_that_act_compose_and_turns_that_add_do_not():
+    """f(gx) = R(g) f(x) + a(g) + noise of variance 1, which no map tells. Two maps in turn add R(h) a(g) + a(h) where
+    one adds a(gh)."""
+    data = evaluation_set("rotation", train_images=10, pairs=10, test_images=200)
+    x = noise(200, 8)
+    for scale in (0, 1):
+        offset = scale * noise(4, 8, seed=3)
+
+        def act(features, targets, offset=offset):
+            which = targets.argmax(1)
+            return torch.einsum("noi,ni->no", TURNS[which], features) + offset[which]
+
+        by_map = act(x[data.test_index], data.joined_targets()[1])
+        features = by_map + noise(800, 8, seed=5) / math.sqrt(8)
+        found = equivariance.composition(data, act, x, *(of.unflatten(0, (200, 4)) for of in (by_map, features)))
+        lacking = np.mean([(TURNS[h] @ offset[g] + offset[h] - offset[(g + h) % 4]).square().sum().item()
+                           for g in range(4) for h in range(4)])
+        fourth = sum(torch.linalg.matrix_power(TURNS[1], k) @ offset[1] for k in range(4)).square().sum().item()
+        assert (fourth < 1e-9) and (lacking > 5) == (scale == 1)  # the four turns of a(g) add to nothing
+        expected = dict(zip(equivariance.COMPOSITION, (1 + lacking, lacking, fourth), strict=True))
+        for name, ratio in expected.items():
+            assert found[name]["value"] == pytest.approx(ratio, rel=0.05, abs=1e-5), (scale, name)
+    growing = equivariance.composition(data, lambda features, targets: 1.1 * act(features, targets), x,
+                                       *(of.unflatten(0, (200, 4)) for of in (by_map, features)))
+    assert growing["ρ(g)⁴ - 1"]["value"] > 0.5  # 1.1^4 is not 1
+
+
+def test_two_transformations_in_turn_are_the_product_of_their_maps():
+    """t2(t1(x)) by translations alone: where nothing came in from outside, the sum of both shifts; and a map that adds
+    the shift to a feature composes as well as it predicts."""
+    data = evaluation_set("translation", test_images=10, per_image=10)
+    images = torch.randint(0, 256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    views = data.apply_twice(images, data.test_index, torch.arange(100), torch.ones(3), torch.zeros(3), torch.float32)
+    shifts = (32 * data.test_targets["translation"]).round().int().view(10, 10, 2)
+    both = (shifts + shifts.roll(-1, 1)).view(100, 2)
+    for view, image, (across, down) in zip(views, images[data.test_index], both.tolist(), strict=True):
+        assert torch.equal(view[:, 8:24, 8:24], image[:, 8 - down : 24 - down, 8 - across : 24 - across].float())
+    told = data.joined_targets()[1]
+    x, spread = noise(10, 2), noise(100, 2, seed=2)
+    rho = x[data.test_index] + told
+    found = equivariance.composition(data, lambda features, targets: features + targets, x, rho.view(10, 10, 2),
+                                     (rho + spread).view(10, 10, 2), x[data.test_index] + both / 32 + 3 * spread)
+    assert found["two in turn"]["value"] == pytest.approx(9, rel=1e-4) and len(found) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- retrieval
@@ -181,7 +362,7 @@ def test_retrieval_is_its_literal_form_with_ties(closeness):
     predicted = noise(24, PER_IMAGE, 5, seed=2) + closeness * candidates
     measured, shares = equivariance.retrieval(data, predicted, candidates)
     for name, expected in literal_scores(predicted, candidates).items():
-        assert measured[name]["value"] == pytest.approx(expected, abs=1e-9)
+        assert measured[name].mean().item() == pytest.approx(expected, abs=1e-9)
     assert sum(shares) == pytest.approx(1, abs=1e-5) and len(shares) == PER_IMAGE
 
 
@@ -193,7 +374,7 @@ def test_chance_of_60_is_what_a_random_and_a_constant_map_score():
         exact = {"MRR": sum(1 / rank for rank in range(1, 61)) / 60, "H@1": 1 / 60, "H@5": 5 / 60}
         assert {name: round(chance, 3) for name, chance in exact.items()} == {"MRR": 0.078, "H@1": 0.017, "H@5": 0.083}
         for name, chance in exact.items():
-            assert measured[name]["value"] == pytest.approx(chance, abs=tolerance)
+            assert measured[name].mean().item() == pytest.approx(chance, abs=tolerance)
         assert shares == pytest.approx([1 / 60] * 60, abs=max(tolerance, 1e-6))  # rounded to six digits
 
 
@@ -241,7 +422,8 @@ def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_trans
     penalty = 0.1 * inputs.square().sum(1).mean().item()
     literal = Ridge(penalty, fit_intercept=False).fit(inputs, (tx - tx.mean(0)).double())
     expected = literal.predict(products(test_x[data.test_index], test_d)) + tx.mean(0).numpy()
-    assert ridge_map(data, x, tx, test_x, CPU).flatten(0, 1).numpy() == pytest.approx(expected, abs=1e-4)
+    found = ridge_map(data, x, tx, CPU)(test_x[data.test_index], test_targets)
+    assert found.numpy() == pytest.approx(expected, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- intervals, movement
@@ -306,7 +488,7 @@ def test_the_targets_of_a_projective_map_are_its_geometry():
     assert constant == pytest.approx(4.11, abs=0.1)
     square = torch.tensor([[[8.0, 0], [24, 0], [24, 16], [8, 16]]], dtype=torch.float64)  # half the side, 8 px up
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(equivariance, "sample_corners", lambda *args: (torch.zeros(1, dtype=torch.long), square))
+        patch.setattr(equivariance, "sample_corners", lambda *_: (torch.zeros(1, dtype=torch.long), square))
         _, targets = FAMILIES["projective"](1, 32, None)
     assert targets["scale"].tolist() == [[0.5]] and targets["translation"].tolist() == [[0, -0.25]]
 
@@ -316,15 +498,29 @@ def test_the_views_are_of_the_transformations_that_the_targets_describe(family):
     """Two images that follow each other share theirs, pixels follow the targets, and x itself is untouched."""
     data = evaluation_set(family, test_images=6, per_image=10)
     for values in data.test_targets.values():
-        by_pair = values.view(3, 2, 10, -1)
-        assert torch.equal(by_pair[:, 0], by_pair[:, 1]) and not torch.equal(by_pair[0], by_pair[1])
+        by_pair = values.view(3, 2, data.per_image, -1)
+        assert torch.equal(by_pair[:, 0], by_pair[:, 1]) and torch.equal(by_pair[0], by_pair[1]) == data.every
     images = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[1] = images[0]
     flat, none = torch.nn.Flatten(), ((0.0,) * 3, (1 / 255,) * 3)  # grey levels as they are
     views, _ = encode(flat, images, *none, CPU, torch.float32, 7, data.test_index, data.test_apply)
-    views = views.view(6, 10, 3, 32, 32)
+    views = views.view(6, data.per_image, 3, 32, 32)
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0, 0], views[0, 1])
-    if family == "projective":
+    if family == "rotation":  # each of the four, exactly
+        exact = torch.stack([images[2].float().rot90(-turns, (1, 2)) for turns in range(4)])
+        assert torch.equal(views[2], exact) and data.test_targets["rotation"][8:12].equal(torch.eye(4))
+    elif family == "translation":  # by whole pixels: what moved in is grey
+        for view, (across, down) in zip(views[2], (32 * data.test_targets["translation"][20:30]).round().int().tolist(),
+                                        strict=True):
+            expected = torch.full((3, 40, 40), 128.0)
+            expected[:, 4 + down : 36 + down, 4 + across : 36 + across] = images[2]
+            assert torch.equal(view, expected[:, 4:36, 4:36])
+    elif family == "scale":  # a ramp has that slope, the other way round
+        ramp = (4 * torch.arange(32)).to(torch.uint8).expand(6, 3, 32, 32)
+        views, _ = encode(flat, ramp, *none, CPU, torch.float32, 7, data.test_index, data.test_apply)
+        slope = views.view(6, 10, 3, 32, 32)[2, :, 0, 16].diff()[:, 10:20].mean(1) / 4
+        assert (1 / slope).numpy() == pytest.approx(data.test_targets["scale"][20:30, 0].numpy(), abs=2e-3)
+    elif family == "projective":
         t = data.test_targets["t"][20:30].double()  # of image 2
         t = t * torch.tensor([1, 1, 20, 1, 1, 20, 0.015, 0.015]) + torch.tensor([0, 0, 16, 0, 0, 16.0, 0, 0])
         expected = projective_warp(images[2:3].expand(10, -1, -1, -1).float(), t)
@@ -334,6 +530,46 @@ def test_the_views_are_of_the_transformations_that_the_targets_describe(family):
         assert torch.corrcoef(torch.stack([brighter, data.test_targets["brightness"][20:30, 0]]))[0, 1] > 0.8
     else:
         assert set(data.test_targets) >= {"crop position", "crop size"} and data.test_targets["crop size"].max() <= 1
+
+
+def views_of(images, family, border, n=200, fill=128.0):
+    """images[0] under n transformations, in grey levels, and which of its pixels read a point inside of the image."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(equivariance, "warp_batch", partial(warp_batch, fill=fill))
+        apply, _ = FAMILIES[family](n, images.shape[3], torch.Generator().manual_seed(3), border)
+    return apply(images, torch.zeros(n, dtype=torch.long), torch.arange(n), torch.ones(3), torch.zeros(3),
+                 torch.float32)
+
+
+@pytest.mark.parametrize("family", ["projective", "scale", "translation"])
+def test_borders_show_the_same_inside_and_no_corner_outside(family):
+    images = torch.randint(1, 255, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    grey, reflected = views_of(images, family, "grey"), views_of(images, family, "reflect")
+    outside = views_of(torch.zeros_like(images), family, "grey") == 128
+    assert outside.float().mean() > 0.05 and grey[outside].eq(128).all()
+    assert (grey - reflected)[~outside].abs().max() < 0.05  # grey levels
+    flat = torch.full_like(images, 77)
+    assert (views_of(flat, family, "reflect") - 77).abs().max() < 1e-3
+    for side in (8, 32, 33):  # nothing outside is ever read
+        assert views_of(flat[..., :1, :1].expand(1, 3, side, side), family, "inside", n=20_000 // side).eq(77).all()
+
+
+def test_a_reflected_image_goes_on_as_in_mirrors():
+    """A ramp of 32 columns, moved 5 pixels to the right and to the left, and 50, beyond the mirror's own edge."""
+    ramp, columns = torch.arange(32.0).expand(1, 1, 32, 32), torch.arange(32)
+    for shift in (5, -5, 50):
+        moved = equivariance.reflected_warp(ramp, torch.tensor([[1.0, 0, -shift, 0, 1, 0, 0, 0]]))
+        mirror = torch.cat([torch.arange(32), torch.arange(31, -1, -1)])
+        assert torch.allclose(moved[0, 0, 7], mirror[(columns - shift) % 64].float(), atol=1e-4)
+
+
+def test_inside_is_a_zoom_after_the_transformation():
+    """Of a ramp: its middle, enlarged, at the same place in all views; x itself is whole."""
+    coefficients = torch.tensor([[1.1, 0.1, -2, 0.05, 0.9, 3, 0.002, -0.001]], dtype=torch.float64)
+    images = 4 * torch.arange(32.0).expand(1, 1, 32, 32) + 2 * torch.arange(32.0)[:, None]
+    small = projective_warp(images, equivariance.zoom(coefficients, 32, 0.5))
+    whole = projective_warp(images, coefficients)[0, 0, 8:24, 8:24]
+    assert torch.allclose(small[0, 0].view(16, 2, 16, 2).mean((1, 3)), whole, atol=0.05)
 
 
 def test_the_penalty_is_chosen_on_images_of_its_own():
@@ -379,7 +615,7 @@ def test_the_decoder_s_prediction_is_of_phase_one_and_chance_unless_it_sees_t(tm
     if not steerable:
         measured, _ = equivariance.retrieval(data, predicted, candidates)
         for measure, chance in CHANCE.items():
-            assert measured[measure]["value"] == pytest.approx(chance, abs=1e-9)
+            assert measured[measure].mean().item() == pytest.approx(chance, abs=1e-9)
     assert list(predict(evaluation_set("crop", test_images=10), x, z)) == []
 
 
@@ -401,6 +637,83 @@ def test_the_hypernetwork_takes_the_code_from_the_other_image(tmp_path):
         assert torch.allclose(after[image, 7], model.equi_projector(predicted[image, 7][None])[0], atol=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------------- the controls
+
+
+def test_under_turns_the_steerable_control_gets_full_marks_and_the_invariant_one_chance(tmp_path, monkeypatch):
+    save(tmp_path / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["equivariance.py", "ba.ckpt", "--transformations", "rotation", "--rows",
+                                     "baselines", "--images", "130", "--pairs", "500"])
+    rows, _, _ = equivariance.probe_equivariance(equivariance.parse_args(), CPU)
+
+    def found(method, measure, **of):
+        (row,) = [row for row in rows if row["method"].startswith(method) and row["measure"] == measure
+                  and all(row.get(name) == value for name, value in of.items()) and row["features"] != "sample"]
+        assert row["per_image"] == 4
+        return row["value"]
+
+    for score, chance in (("MRR", (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4), ("H@1", 1 / 4)):
+        assert found("steerable", score, map="ridge") == 1
+        assert found("invariant", score, map="ridge") == pytest.approx(chance, abs=1e-12)
+        for other in ("random encoder", "raw pixels"):
+            assert chance < found(other, score, map="ridge") <= 1
+    assert found("invariant", "share", part="invariant") == pytest.approx(1, abs=1e-9)
+    assert found("invariant", "moved") == pytest.approx(0, abs=1e-9)
+    assert found("steerable", "share", part="unexplained") < 0.25 * found("random", "share", part="unexplained")
+
+
+@torch.no_grad()
+def test_a_turn_of_the_image_permutes_the_steerable_control():
+    control, images = equivariance.FourTurns(8, 0), torch.rand(2, 3, 8, 8)
+    stacked, turned = (control(of).unflatten(1, (4, -1)) for of in (images, images.rot90(1, (2, 3))))
+    assert torch.allclose(turned, stacked.roll(-1, 1), atol=1e-6) and not torch.allclose(turned, stacked, atol=1e-4)
+    average = stacked.mean(1)
+    assert torch.allclose(equivariance.average_of_turns(stacked.flatten(1)), average, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- the blocks
+
+
+@torch.no_grad()
+def test_the_blocks_are_the_outputs_of_the_trunk_s_own(monkeypatch, tmp_path):
+    """Each block's rows are those of an encoder that ends there, the classifier's those of scikit-learn's k-NN."""
+    torch.manual_seed(0)
+    encoder, images = NIN(8).eval(), torch.rand(4, 3, 8, 8)
+    blocks, seen = equivariance.Blocks(encoder.trunk), []
+    for part in encoder.trunk:
+        if isinstance(part, torch.nn.Sequential):
+            part.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    side = {0: 8, 1: 8, 2: 8, 3: 4, 4: 4, 5: 4}
+    found = blocks(images).split([4 * width for width in (192, 160, 96, 192, 192, 8)], 1)
+    for number, (output, pooled) in enumerate(zip(seen, found, strict=True)):
+        half = side[number] // 2
+        quarters = [output[:, :, i : i + half, j : j + half].mean((2, 3)) for i in (0, half) for j in (0, half)]
+        assert torch.allclose(pooled, torch.stack(quarters, 2).flatten(1), atol=1e-5)
+
+    save(tmp_path / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first.py").write_text("""
+from torch import nn
+from common import load_checkpoint, load_encoder
+
+def block():
+    encoder = load_encoder(load_checkpoint("ba.ckpt"), "ba.ckpt")
+    return nn.Sequential(*encoder.trunk[:2], nn.AdaptiveAvgPool2d(2), nn.Flatten())
+""")
+    monkeypatch.setattr("sys.argv", ["equivariance.py", "ba.ckpt", "first.py:block", "--image-size", "8", "--mean",
+                                     *["0.5"] * 3, "--std", *["0.3"] * 3, "--rows", "checkpoints", "--layers",
+                                     "--transformations", "scale", *FEW])
+    rows, tables, _ = equivariance.probe_equivariance(equivariance.parse_args(), CPU)
+    of_blocks = [row for row in rows if "block" in row]
+    assert [row["block"] for row in of_blocks if row["measure"] == "k-NN error"] == [1, 2, 3, 4, 5, 6]
+    second, alone = ({row["part"]: row["value"] for row in of if row["measure"] == "share"} for of in (
+        [row for row in of_blocks if row["block"] == 2], [row for row in rows if row["method"] == "block"]))
+    assert second == pytest.approx(alone, abs=1e-4)
+    assert tables[-1].headings[2:] == ["k-NN error", "invariant", "equivariant", "the same for all images"]
+    assert [line[1] for line in tables[-1].lines[:6]] == [f"block {number}" for number in range(1, 7)]
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 
@@ -414,7 +727,7 @@ def measured(module_folder):
     save(folder / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
     save(folder / "stl.ckpt", "stl", small_stl(), preset="code", inv=1.0, equi=1.0, trans=0.1, probabilistic=False)
     (folder / "page.md").write_text("# Before\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nAfter.\n")
-    result = run("equivariance.py", "ba.ckpt", "stl.ckpt", "--transformations", "projective", "crop", *FEW,
+    result = run("equivariance.py", "ba.ckpt", "stl.ckpt", "--transformations", "projective", "crop", *FEW, "--compose",
                  "--json", "rows.json", "--markdown", "page.md", cwd=folder)
     return folder, result.stdout, read_rows(folder / "rows.json")
 
@@ -424,11 +737,13 @@ def test_the_command_measures_every_row(measured):
     representations = {(row["checkpoint"], row["method"], row["features"]) for row in rows}
     assert representations == {("ba.ckpt", "vte_ba", "sample"), ("ba.ckpt", "vte_ba", "mu"), ("stl.ckpt", "stl", None),
                                (None, "random encoder (nin)", "sample"), (None, "random encoder (nin)", "mu"),
+                               (None, "steerable control", None), (None, "invariant control", None),
                                (None, "raw pixels", None)}
     for row in rows:
         assert row["low"] <= row["value"] <= row["high"] or row["low"] == pytest.approx(row["high"]), row
         assert row["test_images"] == 10 and row["per_image"] == 12 and row["dataset"] == "digits"
-    learned = {(row["transformations"], row["map"]) for row in rows if row.get("map", "ridge") != "ridge"}
+    learned = {(row["transformations"], row["map"]) for row in rows
+               if row.get("map", "ridge") not in ("ridge", "t alone", "ceiling, mu of t(x)")}
     assert learned == {(family, name) for family in ("projective", "crop")
                        for name in ("hypernetwork", "hypernetwork, projected")} | {("projective",
                                                                                     "decoder, which never sees t")}
@@ -437,7 +752,7 @@ def test_the_command_measures_every_row(measured):
     assert blind["value"] == pytest.approx(sum(1 / rank for rank in range(1, 13)) / 12, abs=1e-9)
     assert blind["low"] == pytest.approx(blind["high"]) and len(blind["ranks"]) == 12
     for shown in ("knowing the rotation", "its hypernetwork, projected", "its decoder, which never sees t",
-                  "95 % interval, at most", "Crop transformations", "z sampled"):
+                  "95 % interval, at most", "Crop transformations", "z sampled", "the same for all images"):
         assert shown in printed
     written = json.loads((folder / "rows.json").read_text())
     assert written["made_with"]["seconds"] > 0 and "equivariance.py ba.ckpt" in written["made_with"]["command"]
@@ -460,16 +775,19 @@ def test_the_page_is_filled_between_its_marks(measured):
     assert page.count("z sampled: drawn from N(mu, sigma²); these rows are in what --json writes") == 1
     tables = page_tables(page)
     assert list(tables) == [f"{family} transformations, {question}" for family in ("Projective", "Crop")
-                            for question in ("predicted from x and t(x)", "predicted from t(x) alone",
-                                             "retrieval and movement")]
+                            for question in ("shares of the variance of f(t(x))", "predicted from x and t(x)",
+                                             "predicted from t(x) alone", "retrieval and movement",
+                                             "does the map compose")]
+    assert all(len(line) <= 6 for table in tables.values() for line in table.values())
     line = "vte_ba (ba.ckpt)", "mu"
     for question, heading, name, target, source in (
             ("predicted from x and t(x)", "t R²", "R2", "t", "x and t(x)"),
             ("predicted from t(x) alone", "t R²", "R2", "t", "t(x)"),
-            ("predicted from x and t(x)", "t error", "squared error", "t", "x and t(x)"),
+            ("shares of the variance of f(t(x))", "invariant", "share", "invariant", None),
             ("predicted from t(x) alone", "rotation", "accuracy", "rotation", "t(x)"),
+            ("retrieval and movement", "excess H@1", "excess H@1", None, None),
             ("retrieval and movement", "moved", "moved", None, None)):
-        (row,) = [row for row in rows if (row["measure"], row.get("target"), row.get("from")) == (
+        (row,) = [row for row in rows if (row["measure"], row.get("target") or row.get("part"), row.get("from")) == (
             name, target, source) and row["checkpoint"] == "ba.ckpt" and row["features"] == "mu"
             and row["transformations"] == "projective"]
         assert tables[f"Projective transformations, {question}"][line][heading] == f"{row['value']:.3f}"
@@ -484,8 +802,6 @@ def test_what_knowing_nothing_and_the_rotation_score_is_computed(measured):
     tables = page_tables((folder / "page.md").read_text())
     predicted, retrieved = (tables[f"Projective transformations, {question}"] for question in (
         "predicted from x and t(x)", "retrieval and movement"))
-    assert predicted["knowing nothing", ""]["t error"] == f"{errors['constant_predictor']:.3f}"
-    assert predicted["knowing the rotation", ""]["t error"] == f"{errors['rotation_only']:.3f}"
     explained = 1 - errors["rotation_only"] / errors["constant_predictor"]
     assert predicted["knowing the rotation", ""]["t R²"] == f"{explained:.3f}"
     assert predicted["knowing nothing", ""]["rotation"] == "0.250"
@@ -495,7 +811,7 @@ def test_what_knowing_nothing_and_the_rotation_score_is_computed(measured):
 def test_the_same_seed_measures_the_same_whatever_stands_beside(measured, monkeypatch):
     folder, _, rows = measured
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", ["equivariance.py", "stl.ckpt", *FEW])
+    monkeypatch.setattr("sys.argv", ["equivariance.py", "stl.ckpt", *FEW, "--compose", "--rows", "checkpoints"])
     again, _, _ = equivariance.probe_equivariance(equivariance.parse_args(), CPU)
     before, found = ([row["value"] for row in of if row["checkpoint"] == "stl.ckpt"
                       and row["transformations"] == "projective"] for of in (rows, again))
@@ -578,13 +894,16 @@ def test_the_pictures_are_drawn_and_refuse_what_they_cannot_draw(figures, measur
     save(folder / "pt.ckpt", "predictive_transform", PredictiveTransform(NIN(8)))
     save(folder / "avt.ckpt", "avt", AVT(NIN(8)))
     monkeypatch.chdir(folder)
-    for name, *flags in (("ranks", "rows.json"), ("features", "ba.ckpt", "stl.ckpt", "--images", "30"),
+    for name, *flags in (("ranks", "rows.json"), ("shares", "rows.json", "--features", "sample"),
+                         ("features", "ba.ckpt", "stl.ckpt", "--images", "30"),
                          ("decoded", "pt.ckpt", "avt.ckpt", "--columns", "3")):
         monkeypatch.setattr("sys.argv", ["figures.py", name, *flags, "--output", f"{name}.png"])
         figures.main()
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     refused("study/figures.py", "ranks", "rows.json", "--transformations", "colour", cwd=folder, code=1,
             says="holds no retrieval under colour transformations")
+    refused("study/figures.py", "shares", "rows.json", "--transformations", "scale", cwd=folder, code=1,
+            says="holds no shares under scale transformations")
     refused("study/figures.py", "ranks", "page.md", cwd=folder, code=1,
             says="is no file that --json of probe.py or equivariance.py wrote")
     refused("study/figures.py", "decoded", "ba.ckpt", cwd=folder, code=1, says="decodes no transformation")
