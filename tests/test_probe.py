@@ -275,10 +275,10 @@ def test_fits_side_by_side_come_in_order_and_few_ahead():
 
 
 def colours(n, seed=0):
-    """Images (n, 3, 32, 32) uint8 whose class, one of 3, is the channel that is brightest."""
+    """Images (n, 3, 16, 16) uint8 whose class, one of 3, is the channel that is brightest."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 3
-    images = torch.randint(0, 128, (n, 3, 32, 32), generator=generator)
+    images = torch.randint(0, 128, (n, 3, 16, 16), generator=generator)
     images[torch.arange(n), labels] += 64
     return images.to(torch.uint8), labels
 
@@ -287,7 +287,7 @@ def test_finetuning_learns_and_leaves_the_encoder_alone(monkeypatch):
     monkeypatch.setattr(probe, "MLP_BATCH", 16)
     torch.manual_seed(0)
     (images, labels), (test_images, test_labels) = colours(96), colours(60, seed=1)
-    encoder, config = NIN(), {"mean": [0.4] * 3, "std": [0.2] * 3}
+    encoder, config = NIN(16), {"mean": [0.4] * 3, "std": [0.2] * 3}
     with torch.no_grad():
         for parameter in encoder.mu.parameters():  # frozen, these features are of no use
             parameter.zero_()
