@@ -351,7 +351,7 @@ def draw_shares(args):
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params("y", length=0)
     axis.axvline(0, color="black", linewidth=0.8)
-    figure.supxlabel("share of the variance of f(t(x)); marks: 95 % interval of the part that ends there", fontsize=9)
+    axis.set_xlabel("share of the variance of f(t(x)); marks: 95 % interval of the part that ends there", fontsize=9)
     axis.set_title(f"{args.transformations.capitalize()} transformations ({'; '.join(sorted(notes))})", fontsize=10)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=title) for title, colour in shown.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
