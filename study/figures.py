@@ -461,22 +461,25 @@ def draw_overview(args):
     studies = {name: tables.read_results(path) for name in tables.STUDIES
                if (path := args.pages / "results" / f"{name}.json").exists()}
     rows, used, labels = tables.overview(studies)
-    rows = {method: row for method, row in rows.items() if row["H@1"]}
+    measure = next((name for row in rows.values() for name in row if name in ("equivariant", "H@1")), None)
+    rows = {method: row for method, row in rows.items() if row[measure]}
     if not rows:
         raise UserError(f"'{args.pages / 'results'}' holds no study on CIFAR-10 yet")
     figure, axis = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
     for method, row in rows.items():
         spread = [np.std(list(row[name].of_seed.values()), ddof=1) if len(row[name].of_seed) > 1 else 0
-                  for name in ("k-NN", "H@1")]
-        axis.errorbar(row["k-NN"].mean(), row["H@1"].mean(), spread[1], spread[0], color=COLOURS[method], capsize=2,
+                  for name in ("k-NN", measure)]
+        axis.errorbar(row["k-NN"].mean(), row[measure].mean(), spread[1], spread[0], color=COLOURS[method], capsize=2,
                       marker=MARKERS.get(method, "o"), markersize=8, linestyle="none",
                       label=tables.METHODS[method].replace("*", ""))
-    axis.axhline(1 / 60, color="#777777", linestyle=":", linewidth=1)
-    axis.annotate("chance", (0, 1 / 60), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
-                  fontsize=9, color="#777777")
-    axis.set_ylim(0, 0.05 + max(row["H@1"].mean() for row in rows.values()))
+    if measure == "H@1":
+        axis.axhline(1 / 60, color="#777777", linestyle=":", linewidth=1)
+        axis.annotate("chance", (0, 1 / 60), xycoords=("axes fraction", "data"), xytext=(4, 3), fontsize=9,
+                      textcoords="offset points", color="#777777")
+    axis.set_ylim(0, 0.05 + max(row[measure].mean() for row in rows.values()))
     axis.set(xlabel=f"k-NN error with {labels:,} labels (better to the left)",
-             ylabel="f(t(x)) found first among 60 (H@1)")
+             ylabel="equivariant share of the variance" if measure == "equivariant" else
+             "f(t(x)) found first among 60 (H@1)")
     small = ", small scale" * any(results["scale"] == "small" for results in used)
     axis.set_title(f"Equivariance and labels: CIFAR-10{small}")
     axis.grid(alpha=0.3)

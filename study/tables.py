@@ -33,6 +33,8 @@ METHODS = {  # name: what the tables call it; study.mk has the commands
     "augmix": "STL + AugMix",
     "random encoder": "random encoder",
     "raw pixels": "raw pixels",
+    "steerable control": "steerable control",
+    "invariant control": "invariant control",
 }
 PAPERS = ("avt", "pt", "vte_ba", "vte_infonce1", "vte_infonce2")  # VTE's rows, in its order
 
@@ -65,6 +67,7 @@ PUBLISHED = {
         "transfer": {"stl": {50000: .1478}, "simclr": {50000: .1911}, "augmix": {50000: .1399}},
     },
 }
+SHARES = ("invariant", "equivariant")  # of the variance of f(t(x))
 STUDIES = {  # those that results/ and the pages have: what makes each
     "cifar10": "make reproduce", "stl10": "make reproduce", "cifar10-small": "make reproduce-small",
     "stl-stl10": "make reproduce-stl", "stl-cifar10": "make reproduce-stl",
@@ -231,6 +234,8 @@ def equivariance_tables(equivariance, seeds):
     for family in dict.fromkeys(key[0] for key in equivariance):
         found = {key[1:]: measured for key, measured in equivariance.items() if key[0] == family and key[3] != "sample"}
         headings = [heading for heading in dict.fromkeys(key[3] for key in found) if "alone" not in heading]
+        if SHARES[0] in headings:  # all else is in the JSON
+            headings = [*SHARES, "the same for all images", "unexplained", "excess H@1"]
         rows = []
         for method, own, features in in_order(key[:3] for key in found):
             cells = [found.get((method, own, features, heading)) for heading in headings]
@@ -298,9 +303,9 @@ def study_section(results):
 
 
 def overview(studies):
-    """What README shows of each method on CIFAR-10: {method: {"k-NN": error, "H@1": of the ridge map, "moved"}}, each
-    Measured, from features without sampling. The full studies as soon as one of them was made, else the small ones.
-    Best k-NN error first. Also the studies used, and with how many labels k-NN is trained."""
+    """What README shows of each method on CIFAR-10, {method: {"k-NN": error, name: ...}}, each Measured, from features
+    without sampling; the names are of shares, in older studies H@1 and moved. The full studies as soon as one of them
+    was made, else the small ones. Best k-NN error first. Also the studies used, and the labels that k-NN takes."""
     found, used, labels, families = {}, [], None, ("cifar10", "stl-cifar10")
     for scale, size in (("", 50000), ("-small", 5000)):
         made = [studies[family + scale] for family in families if studies.get(family + scale) and not used]
@@ -311,9 +316,9 @@ def overview(studies):
                 for features in ("mu", None):
                     error = errors.get((method, features, "knn", size))
                     if error and method not in found and method not in ("steerable", "mean_target"):
-                        moves = {heading: equivariance.get(("projective", method, "", features, heading))
-                                 for heading in ("H@1", "moved")}
-                        found[method] = {"k-NN": error, **moves}
+                        names = SHARES if any(key[4] in SHARES for key in equivariance) else ("H@1", "moved")
+                        found[method] = {"k-NN": error, **{
+                            name: equivariance.get(("projective", method, "", features, name)) for name in names}}
     return dict(sorted(found.items(), key=lambda item: item[1]["k-NN"].mean())), used, labels
 
 
@@ -325,9 +330,9 @@ def readme_section(studies):
     lines = []
     for method, measured in rows.items():
         theirs = published.get(method, {}).get(labels)
-        cells = [measured[name].text() if measured[name] else "–" for name in ("k-NN", "H@1", "moved")]
+        cells = [value.text() if value else "–" for value in measured.values()]
         lines.append([METHODS[method], cells[0], f"{theirs:.3f}" if theirs else "", *cells[1:]])
-    headings = ["", f"k-NN error, {labels:,} labels", "the paper's: z sampled, trained in full", "H@1", "moved"]
+    headings = ["", f"k-NN error, {labels:,} labels", "the paper's: z sampled, trained in full", *list(measured)[1:]]
     if all(results["scale"] == "full" for results in used):
         headings[2] = "the paper's: z sampled"
     seeds = ", ".join(f"{'STL and SimCLR' if results['study'].startswith('stl') else 'the methods of VTE'} "
