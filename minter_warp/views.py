@@ -1,5 +1,5 @@
-"""STL's family of transformations. A pair of images shares its resized crop, colour jitter, grayscale and AugMix; each
-image has its own flip and blur. All are drawn in closed form and applied to whole batches."""
+"""STL's family of transformations: resized crop, colour jitter and grayscale, flip and blur, AugMix. A pair of images
+shares some of them. All are drawn in closed form and applied to whole batches."""
 
 import math
 
@@ -12,11 +12,9 @@ from minter_warp.ops import warp_batch
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
-def sample_transformations(n, size, generator=None):
-    """What a pair shares, drawn as torchvision's RandomResizedCrop(scale=(0.2, 1)), RandomApply(ColorJitter(0.4, 0.4,
-    0.4, 0.1), 0.8) and RandomGrayscale(0.2) draw it. size: side in pixels. Returns a dict of tensors on the generator's
-    device: box (n, 4) int64, top, left, height, width; factors (n, 4), brightness, contrast, saturation (1: unchanged)
-    and hue (turns, 0: unchanged); order (n, 4) int64, in which these are applied; grey (n,) bool."""
+def sample_boxes(n, size, generator=None):
+    """Resized crops, drawn as torchvision's RandomResizedCrop(scale=(0.2, 1)) draws them. size: side in pixels. Returns
+    a dict of tensors on the generator's device: box (n, 4) int64, top, left, height, width."""
     draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
     area = size * size * (0.2 + 0.8 * torch.rand(n, 10, **draw))
     aspect = torch.exp((2 * torch.rand(n, 10, **draw) - 1) * math.log(4 / 3))
@@ -26,36 +24,81 @@ def sample_transformations(n, size, generator=None):
     width, height = (torch.where(fits.any(1), side.gather(1, first)[:, 0], size) for side in (width, height))
     corner = torch.rand(n, 2, **draw).clamp(max=1 - 1e-6)
     top, left = (corner[:, 0] * (size - height + 1)).floor(), (corner[:, 1] * (size - width + 1)).floor()
+    return {"box": torch.stack([top, left, height, width], 1).long()}
 
-    is_hue = torch.arange(4, device=area.device) == HUE
+
+def sample_colours(n, generator=None):
+    """As torchvision's RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8) and RandomGrayscale(0.2) draw them: factors
+    (n, 4), brightness, contrast, saturation (1: unchanged) and hue (turns, 0: unchanged); order (n, 4) int64, in which
+    these are applied; grey (n,) bool."""
+    draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
+    is_hue = torch.arange(4, device=draw["device"]) == HUE
     unchanged = torch.where(is_hue, 0.0, 1.0)
     jitter = (2 * torch.rand(n, 4, **draw) - 1) * torch.where(is_hue, 0.1, 0.4)
     return {
-        "box": torch.stack([top, left, height, width], 1).long(),
         "factors": unchanged + torch.where(torch.rand(n, 1, **draw) < 0.8, jitter, 0.0),
         "order": torch.rand(n, 4, **draw).argsort(1),
         "grey": torch.rand(n, **draw) < 0.2,
     }
 
 
-def unchanged_transformations(n, size):
-    """What `sample_transformations` returns, for n images that are left as they are."""
-    return {"box": torch.tensor([[0, 0, size, size]]).repeat(n, 1),
-            "factors": torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1),
-            "order": torch.arange(4).repeat(n, 1), "grey": torch.zeros(n, dtype=torch.bool)}
-
-
 def sample_flips_and_blurs(n, generator=None):
-    """What each image has of its own: flip (n,) bool with p = 0.5; sigma (n,) of the blur in pixels, U(0.1, 2) with
-    p = 0.5 and 0, no blur, otherwise."""
+    """flip (n,) bool with p = 0.5; sigma (n,) of the blur in pixels, U(0.1, 2) with p = 0.5 and 0, no blur,
+    otherwise."""
     draw = {"generator": generator, "device": generator.device if generator is not None else "cpu"}
     sigma = 0.1 + 1.9 * torch.rand(n, **draw)
     return {"flip": torch.rand(n, **draw) < 0.5, "sigma": torch.where(torch.rand(n, **draw) < 0.5, sigma, 0.0)}
 
 
+def sample_transformations(n, size, generator=None):
+    """Crops and colours, all that STL learns by default: a dict of what `sample_boxes` and `sample_colours` return."""
+    return {**sample_boxes(n, size, generator), **sample_colours(n, generator)}
+
+
 def align(transformations, n):
     """For ceil(n / 2) pairs -> for n images: images 2i and 2i + 1 share transformation i."""
     return {name: values.repeat_interleave(2, 0)[:n] for name, values in transformations.items()}
+
+
+def sample_views(n, size, generator=None, per_pair=()):
+    """All parameters of a view of n images. per_pair: the groups, of "crop", "colour" and "flip and blur", that images
+    2i and 2i + 1 share; the others are drawn for each image. Returns a dict of tensors, which `transform` takes."""
+    def sample(group, sampler, *size):
+        if group in per_pair:
+            return align(sampler(-(-n // 2), *size, generator), n)
+        return sampler(n, *size, generator)
+
+    return {**sample("crop", sample_boxes, size), **sample("colour", sample_colours),
+            **sample("flip and blur", sample_flips_and_blurs)}
+
+
+def unchanged_transformations(n, size):
+    """What `sample_views` returns, for n images that are left as they are."""
+    return {"box": torch.tensor([[0, 0, size, size]]).repeat(n, 1),
+            "factors": torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(n, 1),
+            "order": torch.arange(4).repeat(n, 1), "grey": torch.zeros(n, dtype=torch.bool),
+            "flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
+
+
+LABELS = {  # of each group: the mean and standard deviation of its numbers as they are drawn, which standardise them
+    "crop": ((0.5, 0.5, 0.725, 0.725), (0.093, 0.093, 0.152, 0.152)),  # centre across and down, width, height, at 96 px
+    "colour": ((1.0, 1.0, 1.0, 0.0, 0.2), (0.20656, 0.20656, 0.20656, 0.05164, 0.4)),  # the four factors; grey, 0 or 1
+    "flip and blur": ((0.5, 0.525), (0.5, 0.6527)),  # flip, 0 or 1; sigma in pixels, 0 for none
+}
+
+
+def transformation_labels(parameters, size, groups):
+    """What `sample_views` drew, as numbers of mean 0 and variance 1: (n, L), 4 of a crop (in sides of the image), 5 of
+    the colours, 2 of flip and blur, those of `groups` beside each other. The order of the four adjustments of colour
+    has no label."""
+    top, left, height, width = (parameters["box"] / size).unbind(1)
+    values = {
+        "crop": torch.stack([left + width / 2, top + height / 2, width, height], 1),
+        "colour": torch.cat([parameters["factors"], parameters["grey"][:, None]], 1),
+        "flip and blur": torch.stack([parameters["flip"], parameters["sigma"]], 1),
+    }
+    return torch.cat([(values[group] - values[group].new_tensor(LABELS[group][0]))
+                      / values[group].new_tensor(LABELS[group][1]) for group in groups], 1)
 
 
 def resized_crop(images, index, box, scale=None):
@@ -126,14 +169,14 @@ def augmix(images, together):
     return torch.cat([mix(pair) for pair in levels.split(together)]).float() / 255
 
 
-def transform(images, index, per_pair, per_image, normalize, dtype=torch.float32, augmix_together=None):
-    """One view of a batch: images (M, 3, S, S) uint8, index (N,), per_pair and per_image as sampled above for N images,
-    normalize = (scale, shift) for images in [0, 1], (3,) each. Returns (N, 3, S, S) of dtype."""
-    views = resized_crop(images, index, per_pair["box"], torch.full_like(normalize[0], 1 / 255))
-    views = colour_jitter(views, per_pair["factors"], per_pair["order"])
-    views = torch.where(per_pair["grey"][:, None, None, None], grayscale(views), views)
+def transform(images, index, parameters, normalize, dtype=torch.float32, augmix_together=None):
+    """One view of a batch: images (M, 3, S, S) uint8, index (N,), parameters of N images as `sample_views` returns
+    them, normalize = (scale, shift) for images in [0, 1], (3,) each. Returns (N, 3, S, S) of dtype."""
+    views = resized_crop(images, index, parameters["box"], torch.full_like(normalize[0], 1 / 255))
+    views = colour_jitter(views, parameters["factors"], parameters["order"])
+    views = torch.where(parameters["grey"][:, None, None, None], grayscale(views), views)
     if augmix_together is not None:
         views = augmix(views, augmix_together)
-    views = torch.where(per_image["flip"][:, None, None, None], views.flip(3), views)
-    views = gaussian_blur(views, per_image["sigma"])
+    views = torch.where(parameters["flip"][:, None, None, None], views.flip(3), views)
+    views = gaussian_blur(views, parameters["sigma"])
     return (views * normalize[0][:, None, None] + normalize[1][:, None, None]).to(dtype)

@@ -81,17 +81,17 @@ def test_blur_is_torchvisions(images, size, width):
 
 def test_a_whole_view_is_torchvisions_operations_one_after_the_other(images):
     generator = torch.Generator().manual_seed(4)
-    per_pair, per_image = views.sample_transformations(40, 32, generator), views.sample_flips_and_blurs(40, generator)
+    drawn = views.sample_views(40, 32, generator)
     mean, std = torch.tensor([0.43, 0.42, 0.39]), torch.tensor([0.27, 0.26, 0.27])
     index = torch.randperm(40, generator=generator)
-    ours = views.transform(images, index, per_pair, per_image, (1 / std, -mean / std))
+    ours = views.transform(images, index, drawn, (1 / std, -mean / std))
     apply = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
     kinds = set()
     for i in range(40):
-        image = tv.resized_crop(images[index[i]] / 255, *per_pair["box"][i].tolist(), size=[32, 32])
-        for operation in per_pair["order"][i].tolist():
-            image = apply[operation](image, per_pair["factors"][i, operation].item())
-        grey, flip, sigma = per_pair["grey"][i].item(), per_image["flip"][i].item(), per_image["sigma"][i].item()
+        image = tv.resized_crop(images[index[i]] / 255, *drawn["box"][i].tolist(), size=[32, 32])
+        for operation in drawn["order"][i].tolist():
+            image = apply[operation](image, drawn["factors"][i, operation].item())
+        grey, flip, sigma = (drawn[name][i].item() for name in ("grey", "flip", "sigma"))
         image = tv.rgb_to_grayscale(image, 3) if grey else image
         image = tv.horizontal_flip(image) if flip else image
         image = tv.gaussian_blur(image, [3, 3], [sigma, sigma]) if sigma else image
@@ -146,6 +146,29 @@ def test_colours_flips_and_blurs_are_distributed_as_torchvisions():
     assert (torch.corrcoef(independent) - torch.eye(4)).abs().max() < 0.07
 
 
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_have_mean_0_and_variance_1_as_transformations_are_drawn():
+    drawn = views.sample_views(100_000, 96, torch.Generator().manual_seed(0))
+    labels = views.transformation_labels(drawn, 96, list(views.LABELS))
+    assert labels.shape == (100_000, 11)
+    assert labels.mean(0).abs().max() < 0.02 and (labels.std(0) - 1).abs().max() < 0.02
+
+
+def test_labels_are_these_numbers():
+    two = {name: values.repeat_interleave(2, 0) for name, values in views.unchanged_transformations(1, 32).items()}
+    two["box"][0] = torch.tensor([4, 8, 16, 20])  # top, left, height, width
+    two["factors"][0] = torch.tensor([1.2, 0.8, 1.1, -0.05])
+    two["grey"][0], two["flip"][0], two["sigma"][0] = True, True, 1.5
+    labels = views.transformation_labels(two, 32, ["crop", "colour", "flip and blur"]).tolist()
+    changed = [(18 / 32 - 0.5) / 0.093, (12 / 32 - 0.5) / 0.093, (20 / 32 - 0.725) / 0.152, (16 / 32 - 0.725) / 0.152,
+               0.2 / 0.20656, -0.2 / 0.20656, 0.1 / 0.20656, -0.05 / 0.05164, 2.0, 1.0, (1.5 - 0.525) / 0.6527]
+    unchanged = [0, 0, 0.275 / 0.152, 0.275 / 0.152, 0, 0, 0, 0, -0.5, -1, -0.525 / 0.6527]
+    assert labels[0] == pytest.approx(changed, abs=1e-5) and labels[1] == pytest.approx(unchanged, abs=1e-5)
+    assert views.transformation_labels(two, 32, ["colour"]).tolist()[0] == pytest.approx(changed[4:9], abs=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------- alignment
 
 
@@ -182,8 +205,7 @@ def test_augmix_comes_after_grayscale(images, monkeypatch):
     """A grey view is mixed from greys: were it the other way round, AugMix would see colours."""
     seen = []
     monkeypatch.setattr(views, "augmix", lambda batch, together: seen.append(batch) or batch)
-    generator = torch.Generator().manual_seed(4)
-    per_pair, per_image = views.sample_transformations(40, 32, generator), views.sample_flips_and_blurs(40, generator)
-    views.transform(images, torch.arange(40), per_pair, per_image, (torch.ones(3), torch.zeros(3)), augmix_together=2)
+    drawn = views.sample_views(40, 32, torch.Generator().manual_seed(4))
+    views.transform(images, torch.arange(40), drawn, (torch.ones(3), torch.zeros(3)), augmix_together=2)
     grey = seen[0].amax(1).sub(seen[0].amin(1)).amax((1, 2)) < 1e-6
-    assert per_pair["grey"].sum() > 3 and grey[per_pair["grey"]].all()
+    assert drawn["grey"].sum() > 3 and grey[drawn["grey"]].all()
