@@ -21,8 +21,9 @@ error of k-NN and linear with 5,000 labels): STL .641 and .552, SimCLR .627 and 
 
 Deviations and readings:
 - Both directions, 1 to 2 and 2 to 1, are in one NT-Xent: 4N - 1 candidates for L_equi, 2N - 1 for the others.
-- Projectors are 512-512-128 for features, 128-128-128 for codes. Each view is encoded by itself.
-- --preset: paper and code differ in trans (0.2, 0.1) and in f_T (1024-512-512-128, 1024-128-128).
+- --preset: paper and code differ in trans (0.2, 0.1), in f_T (1024-512-512-128, 1024-128-128), and in the projectors:
+  512-512-512-128 and 512-512-128 for features, 128-512-512-128 and 128-128-128 for codes.
+- Each view is encoded by itself.
 - A pair shares crop, colour jitter and grayscale (--learn says which), and AugMix; flip and blur are each image's own.
 - --code labels: f_T reads the parameters of t1 and t2, not features, and there is no L_trans. It is the form of EquiMod
   (Devillers & Lefort, ICLR 2023) and SIE (Garrido et al., ICML 2023), with this hypernetwork in place of theirs.
@@ -56,9 +57,10 @@ from common import (
 )
 from minter_warp.views import LABELS, sample_views, transform, transformation_labels
 
-PRESETS = {  # where the paper and its released code differ: the weight of L_trans, f_T's hidden and output widths
-    "code": {"trans": 0.1, "transformation_encoder": (128, 128)},
-    "paper": {"trans": 0.2, "transformation_encoder": (512, 512, 128)},
+PRESETS = {  # where the paper and its released code differ: the weight of L_trans, and hidden and output widths
+    "code": {"trans": 0.1, "f_T": (128, 128), "projector": (512, 128), "trans_projector": (128, 128)},
+    "paper": {"trans": 0.2, "f_T": (512, 512, 128), "projector": (512, 512, 128), "trans_projector": (512, 512, 128)},
+    "older paper": {"f_T": (512, 512, 128), "projector": (512, 128), "trans_projector": (128, 128)},  # see preset_of
 }
 LOSSES = {"learned": ("inv", "equi", "trans"), "labels": ("inv", "equi"), "predicted": ("inv", "predict")}  # of --code
 LEARN = {"crop": ("crop",), "colour": ("colour",), "crop+colour": ("crop", "colour"), "all": tuple(LABELS)}
@@ -112,14 +114,14 @@ class STL(nn.Module):
                  learn="crop+colour"):
         super().__init__()
         self.code, labels = code, sum(len(LABELS[group][0]) for group in LEARN[learn])
-        widths, read = PRESETS[preset]["transformation_encoder"], labels if code == "labels" else features
-        widths = (*widths[:-1], labels) if code == "predicted" else widths
+        layers, read = PRESETS[preset], labels if code == "labels" else features
+        widths = (*layers["f_T"][:-1], labels) if code == "predicted" else layers["f_T"]
         self.encoder = encoder
-        self.inv_projector = mlp(features, 512, 128) if "inv" in losses else None
+        self.inv_projector = mlp(features, *layers["projector"]) if "inv" in losses else None
         self.transformation_encoder = mlp(2 * read, *widths) if set(losses) - {"inv"} else None  # f_T
         self.hypernetwork = Hypernetwork(features, widths[-1]) if "equi" in losses else None
-        self.equi_projector = mlp(features, 512, 128) if "equi" in losses else None
-        self.trans_projector = mlp(widths[-1], 128, 128) if "trans" in losses else None
+        self.equi_projector = mlp(features, *layers["projector"]) if "equi" in losses else None
+        self.trans_projector = mlp(widths[-1], *layers["trans_projector"]) if "trans" in losses else None
 
     def encode_transformation(self, y1, y2):
         """y_t (eq. 5): features of an image before and after, (N, 512) each -> (N, 128); "labels": of labels (N, L)."""
@@ -157,6 +159,13 @@ class STL(nn.Module):
         return compared
 
 
+def preset_of(checkpoint):
+    """Of a checkpoint; "older paper" where the projectors of `paper` have two layers, as they once had."""
+    preset = checkpoint["config"].get("preset")
+    three = any(name.endswith("_projector.6.weight") for name in checkpoint["model"])
+    return "older paper" if preset == "paper" and not three else preset
+
+
 def load_stl(path):
     """The model of a checkpoint, in eval mode on the CPU, and the checkpoint. Raises UserError."""
     checkpoint = load_checkpoint(path)
@@ -166,7 +175,7 @@ def load_stl(path):
     if not checkpoint["method"].startswith("stl") or not known:
         raise UserError(f"'{path}' is a checkpoint of {checkpoint['method']}; one of stl.py is needed here")
     losses = [name for name in LOSSES[code] if config.get(name)]
-    model = STL(load_encoder(checkpoint, path), config["preset"], losses, code=code, learn=learn)
+    model = STL(load_encoder(checkpoint, path), preset_of(checkpoint), losses, code=code, learn=learn)
     return load_model(model, checkpoint, path), checkpoint
 
 
@@ -214,7 +223,8 @@ def train(args):
              *([] if len(weights) == len(LOSSES[args.code]) else weights)]
     run = Run("_".join(parts), args, split="train+unlabeled")
     encoder = build_encoder(args.encoder, args.image_size, probabilistic=False)
-    model = run.prepare(STL(encoder, args.preset, weights, code=args.code, learn=args.learn))
+    preset = preset_of(run.resumed_from) if run.resumed_from else args.preset
+    model = run.prepare(STL(encoder, preset, weights, code=args.code, learn=args.learn))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
@@ -249,8 +259,8 @@ def parse_args():
         lr_advice="SGD's, at the start; it follows a cosine to 0. 0.03 as in the paper, for batches of 256",
     )
     add = parser.add_argument_group("STL").add_argument
-    add("--preset", choices=list(PRESETS), default="code", help="where the paper and its released code differ: --trans "
-        "0.2 and f_T 1024-512-512-128 (paper), 0.1 and 1024-128-128 (code)")
+    add("--preset", choices=["code", "paper"], default="code", help="where the paper and its released code differ: --trans "
+        "0.2, f_T 1024-512-512-128, projectors of three layers (paper); 0.1, 1024-128-128, two layers (code)")
     add("--code", choices=list(LOSSES), default="learned", help="what tells the hypernetwork the transformation: a "
         "code learnt from features, or labels, its parameters (the form of EquiMod and SIE); predicted: no "
         "hypernetwork, f_T predicts the labels (the form of E-SSL and AugSelf)")

@@ -292,9 +292,21 @@ def test_sizes_are_the_papers():
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     assert sum(millions.values()) == pytest.approx(45.57, abs=0.01)
     assert millions["hypernetwork"] == pytest.approx(33.55, abs=0.01)
-    paper = stl.STL(Flat(4, 512), preset="paper").transformation_encoder
-    linear = [(layer.in_features, layer.out_features, layer.bias) for layer in paper if isinstance(layer, nn.Linear)]
-    assert linear == [(1024, 512, None), (512, 512, None), (512, 128, None)]
+    two = [(512, 512, None), (512, 128, None)]
+    three = [(512, 512, None), *two]
+    shapes = {"paper": {"transformation_encoder": [(1024, 512, None), *two], "inv_projector": three,
+                        "equi_projector": three, "trans_projector": [(128, 512, None), *two]},
+              "code": {"transformation_encoder": [(1024, 128, None), (128, 128, None)], "inv_projector": two,
+                       "equi_projector": two, "trans_projector": 2 * [(128, 128, None)]}}
+    for preset, expected in shapes.items():
+        made = stl.STL(Flat(4, 512), preset=preset)
+        for name, layers in expected.items():
+            found = [(layer.in_features, layer.out_features, layer.bias) for layer in getattr(made, name)
+                     if isinstance(layer, nn.Linear)]
+            assert found == layers, (preset, name)
+            # batch normalisation, with two parameters a channel, and ReLU between the layers
+            assert sum(p.numel() for p in getattr(made, name).parameters()) == (
+                sum(i * o for i, o, _ in layers) + 2 * sum(o for _, o, _ in layers[:-1]))
     assert stl.PRESETS["paper"]["trans"] == 0.2 and stl.PRESETS["code"]["trans"] == 0.1
     bound = model.hypernetwork.weight.abs().max().item()
     assert bound == pytest.approx(nn.Linear(128, 4096, bias=False).weight.abs().max().item(), rel=0.01)
@@ -395,6 +407,20 @@ def test_a_checkpoint_from_before_there_were_labels_is_of_learnt_codes_and_is_re
     train(monkeypatch, path, *flags, "--resume")
     with pytest.raises(UserError, match="was trained with learn crop.colour, not all"):
         train(monkeypatch, path, *flags, "--learn", "all", "--resume")
+
+
+def test_a_checkpoint_from_before_papers_projectors_had_three_layers_is_loaded_and_resumed(tmp_path, monkeypatch):
+    path, flags = tmp_path / "a.ckpt", ("--equi", "0", "--save-every", "1", "--preset", "paper")
+    with monkeypatch.context() as before:
+        before.setitem(stl.PRESETS, "paper", {"trans": 0.2, "f_T": (512, 512, 128), "projector": (512, 128),
+                                              "trans_projector": (128, 128)})
+        train(monkeypatch, path, *flags)
+    for _ in range(2):
+        model, _ = stl.load_stl(path)
+        sizes = [[layer.out_features for layer in part if isinstance(layer, nn.Linear)]
+                 for part in (model.transformation_encoder, model.inv_projector, model.trans_projector)]
+        assert sizes == [[512, 512, 128], [512, 128], [128, 128]]
+        train(monkeypatch, path, *flags, "--resume")
 
 
 def test_weights_that_have_no_part_are_refused_and_the_defaults_are_those_of_the_code(monkeypatch, capsys):
