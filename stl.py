@@ -232,12 +232,11 @@ def train(args):
     together, learnt = 2 if args.batch == "aligned" else 1, LEARN[args.learn]
 
     def sample(n, size, generator):
-        return sample_views(n, size, generator, per_pair=learnt if together == 2 else ())
+        return sample_views(n, size, generator, (*learnt, "augmix") if together == 2 else (), args.augmix)
 
     for epoch in run.epochs(model, optimizer, schedule):
         for source, index, *drawn in run.batches(sample, sample, together=together):
-            views = [transform(source, index, parameters, normalize, run.dtype, together if args.augmix else None)
-                     for parameters in drawn]
+            views = [transform(source, index, parameters, normalize, run.dtype) for parameters in drawn]
             labels = [transformation_labels(parameters, run.size, learnt) for parameters in drawn
                       if args.code != "learned"]
             with run.autocast():
@@ -259,8 +258,8 @@ def parse_args():
         lr_advice="SGD's, at the start; it follows a cosine to 0. 0.03 as in the paper, for batches of 256",
     )
     add = parser.add_argument_group("STL").add_argument
-    add("--preset", choices=["code", "paper"], default="code", help="where the paper and its released code differ: --trans "
-        "0.2, f_T 1024-512-512-128, projectors of three layers (paper); 0.1, 1024-128-128, two layers (code)")
+    add("--preset", choices=["code", "paper"], default="code", help="where the paper and its released code differ: "
+        "--trans 0.2, f_T 1024-512-512-128, projectors of three layers (paper); 0.1, 1024-128-128, two layers (code)")
     add("--code", choices=list(LOSSES), default="learned", help="what tells the hypernetwork the transformation: a "
         "code learnt from features, or labels, its parameters (the form of EquiMod and SIE); predicted: no "
         "hypernetwork, f_T predicts the labels (the form of E-SSL and AugSelf)")
@@ -274,7 +273,7 @@ def parse_args():
     add("--predict", type=non_negative_float, help="weight of the squared error of predicted labels (default: 0.5)")
     add("--batch", choices=["aligned", "independent"], default="aligned", help="independent: every image has "
         "transformations of its own: an ablation where codes are learnt, which then match by chance only")
-    add("--augmix", action="store_true", help="also AugMix, once for each pair of an aligned batch; slow: one by one")
+    add("--augmix", action="store_true", help="also AugMix, once for each pair of an aligned batch")
     add("--temperature", type=positive_float, default=0.2, help="of NT-Xent")
     add("--weight-decay", type=non_negative_float, default=5e-4, help="SGD's")
     args = parser.parse_args()
