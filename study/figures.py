@@ -49,6 +49,8 @@ from minter_warp import (
 COLOURS = {  # one a method in every picture; Okabe and Ito's, told apart by the colour-blind
     "avt": "#E69F00", "pt": "#0072B2", "vte_ba": "#009E73", "vte_infonce1": "#CC79A7", "vte_infonce2": "#56B4E9",
     "stl": "#D55E00", "simclr": "#000000", "augmix": "#A0522D", "steerable": "#7F9F00", "mean_target": "#5D3A9B",
+    "labels": "#117733", "predicted": "#882255", "inv": "#332288", "equi": "#88CCEE", "without_inv": "#44AA99",
+    "without_equi": "#DDCC77", "without_trans": "#AA4499",
     "random encoder": "#777777", "raw pixels": "#777777"}
 MARKERS = {"random encoder": "s", "raw pixels": "X"}
 
