@@ -751,7 +751,8 @@ class Run:
 
     def _check_settings(self):
         """A resumed run is the run that was stopped."""
-        earlier = {"recipe": "paper", "phase_one": "trained"}  # before there were others
+        earlier = {"recipe": "paper", "phase_one": "trained", "code": "learned", "learn": "crop+colour",
+                   "predict": 0.0}  # before there were others
         given = {**earlier, **(self.resumed_from or {"config": self.config})["config"]}
         for name, value in self.config.items():
             moved = name == "dataset" and not {value, given.get(name)} & set(NAMED)

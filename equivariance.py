@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common import UserError, build_encoder, choose_precision, load_images, load_model, number, run_command
 from minter_warp import coefficients_from_corners, reference_errors, sample_corners, transformation_target, warp_batch
-from minter_warp.views import sample_transformations, transform, unchanged_transformations
+from minter_warp.views import sample_transformations, transform, transformation_labels, unchanged_transformations
 from probe import (
     Representation,
     Settings,
@@ -43,6 +43,7 @@ RIDGE_PENALTIES = [10.0**power for power in range(-3, 4)]  # times the kernel's 
 RIDGE_VALIDATION = 0.2  # of the training images, to choose the penalty on
 BOOTSTRAP = 1000
 COMPOSITION = ("two in turn", "ρ(g)ρ(h) - ρ(gh)", "ρ(g)⁴ - 1")
+COLOURS, JITTER = ("brightness", "contrast", "saturation", "hue"), torch.tensor([0.4, 0.4, 0.4, 0.1])
 
 
 # ------------------------------------------------------------------------------------------------- transformations
@@ -104,22 +105,21 @@ def draw_crop_or_colour(n, size, generator, border=None, crop=True, colour=True)
     show nothing outside whatever the border. The targets are the crop's centre and its width and height, in sides of
     the image, and how far each adjustment of colour is of its range, -1 to 1."""
     drawn, targets = sample_transformations(n, size, generator), {}
-    per_pair = unchanged_transformations(n, size)
-    per_image = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
+    parameters = unchanged_transformations(n, size)
     if crop:
-        per_pair["box"] = drawn["box"]
+        parameters["box"] = drawn["box"]
         top, left, height, width = (drawn["box"] / size).unbind(1)
         targets["crop position"] = torch.stack([left + width / 2, top + height / 2], 1) - 0.5
         targets["crop size"] = torch.stack([width, height], 1)
     if colour:
         strength = 2 * torch.rand(n, 4, generator=generator) - 1
-        per_pair["factors"] += strength * torch.tensor([0.4, 0.4, 0.4, 0.1])
-        per_pair["order"] = drawn["order"]
-        targets |= zip(["brightness", "contrast", "saturation", "hue"], strength.split(1, 1), strict=True)
+        parameters["factors"] += strength * JITTER
+        parameters["order"] = drawn["order"]
+        targets |= zip(COLOURS, strength.split(1, 1), strict=True)
 
     def apply(images, index, rows, scale, shift, dtype):
-        chosen = [{name: values[rows].to(images.device) for name, values in of.items()} for of in (per_pair, per_image)]
-        return transform(images, index, *chosen, (255 * scale, shift), dtype)
+        chosen = {name: values[rows].to(images.device) for name, values in parameters.items()}
+        return transform(images, index, chosen, (255 * scale, shift), dtype)
 
     return apply, targets
 
@@ -422,18 +422,36 @@ def barber_agakov_map(checkpoint, path):
     return model.phase_one, predict
 
 
+def labels_from_targets(targets, groups):
+    """The `transformation_labels` of what `draw_crop_or_colour` drew, from its targets."""
+    n = len(next(iter(targets.values())))
+    parameters = unchanged_transformations(n, 1)  # in sides of the image
+    if "crop size" in targets:
+        size = targets["crop size"]
+        parameters["box"] = torch.cat([targets["crop position"] + 0.5 - size / 2, size], 1)[:, [1, 0, 3, 2]]
+    if "hue" in targets:
+        parameters["factors"] += torch.cat([targets[name] for name in COLOURS], 1) * JITTER
+    return transformation_labels(parameters, 1, groups)
+
+
 def hypernetwork_map(checkpoint, path):
     """STL's: W(y_t(x')) f(x), with the code y_t from another image x' under the same t (eq. 5 and 7); also after the
-    projector, where its loss compares."""
+    projector, where its loss compares. --code labels: the code comes from the parameters of t."""
     import stl
 
     model, _ = stl.load_stl(path)
 
     def predict(data, x, tx):
-        if model.hypernetwork is None:
+        if model.hypernetwork is None or (model.code == "labels" and "t" in data.test_targets):  # which has no labels
             return
         candidates = tx.unflatten(0, (data.n, -1))  # (n, T, D)
-        codes = stl.partner(model.encode_transformation(x[data.test_index], tx).unflatten(0, (data.n, -1)))
+        if model.code == "labels":
+            groups = stl.LEARN[checkpoint["config"]["learn"]]
+            labels = labels_from_targets(data.test_targets, groups)
+            unchanged = transformation_labels(unchanged_transformations(len(labels), 1), 1, groups)
+            codes = model.encode_transformation(unchanged, labels).unflatten(0, (data.n, -1))
+        else:
+            codes = stl.partner(model.encode_transformation(x[data.test_index], tx).unflatten(0, (data.n, -1)))
         # W(y_t) y for all T codes of an image: the product with y comes first and is shared by them.
         predicted = torch.cat([torch.einsum("nok,ntk->nto", torch.einsum("oik,ni->nok", model.hypernetwork.weight, few),
                                             of) for few, of in zip(x.split(50), codes.split(50), strict=True)])

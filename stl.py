@@ -21,9 +21,15 @@ error of k-NN and linear with 5,000 labels): STL .641 and .552, SimCLR .627 and 
 
 Deviations and readings:
 - Both directions, 1 to 2 and 2 to 1, are in one NT-Xent: 4N - 1 candidates for L_equi, 2N - 1 for the others.
-- Projectors are 512-512-128 for features, 128-128-128 for codes. Each view is encoded by itself.
-- --preset: paper and code differ in trans (0.2, 0.1) and in f_T (1024-512-512-128, 1024-128-128).
-- A pair shares crop, colour jitter, grayscale and AugMix; flip and blur are each image's own (minter_warp.views).
+- --preset: paper and code differ in trans (0.2, 0.1), in f_T (1024-512-512-128, 1024-128-128), and in the projectors:
+  512-512-512-128 and 512-512-128 for features, 128-512-512-128 and 128-128-128 for codes.
+- Each view is encoded by itself.
+- A pair shares crop, colour jitter and grayscale (--learn says which), and AugMix; flip and blur are each image's own.
+- --code labels: f_T reads the parameters of t1 and t2, not features, and there is no L_trans. It is the form of EquiMod
+  (Devillers & Lefort, ICLR 2023) and SIE (Garrido et al., ICML 2023), with this hypernetwork in place of theirs.
+- --code predicted: no hypernetwork. f_T ends in the parameters of t2 less those of t1: minimise inv L_inv + predict
+  |f_T([y1, y2]) - (l2 - l1)|^2, the mean over numbers of variance 1. It is the form of E-SSL (Dangovski et al., ICLR
+  2022) and AugSelf (Lee et al., NeurIPS 2021), which has cross-entropies for flip and grayscale.
 - The last batch is used, which the code drops. Its odd last image is left to L_inv alone.
 - With nin and alexnet f is mu, and there is no sigma.
 Logged: code_spread (0: all codes the same) and map_variation, how far W(t) y and W(t') y are apart (0: W ignores t).
@@ -49,12 +55,15 @@ from common import (
     run_command,
     training_parser,
 )
-from minter_warp.views import align, sample_flips_and_blurs, sample_transformations, transform
+from minter_warp.views import LABELS, sample_views, transform, transformation_labels
 
-PRESETS = {  # where the paper and its released code differ: the weight of L_trans, f_T's hidden and output widths
-    "code": {"trans": 0.1, "transformation_encoder": (128, 128)},
-    "paper": {"trans": 0.2, "transformation_encoder": (512, 512, 128)},
+PRESETS = {  # where the paper and its released code differ: the weight of L_trans, and hidden and output widths
+    "code": {"trans": 0.1, "f_T": (128, 128), "projector": (512, 128), "trans_projector": (128, 128)},
+    "paper": {"trans": 0.2, "f_T": (512, 512, 128), "projector": (512, 512, 128), "trans_projector": (512, 512, 128)},
+    "older paper": {"f_T": (512, 512, 128), "projector": (512, 128), "trans_projector": (128, 128)},  # see preset_of
 }
+LOSSES = {"learned": ("inv", "equi", "trans"), "labels": ("inv", "equi"), "predicted": ("inv", "predict")}  # of --code
+LEARN = {"crop": ("crop",), "colour": ("colour",), "crop+colour": ("crop", "colour"), "all": tuple(LABELS)}
 
 
 def mlp(inputs, *widths):
@@ -97,23 +106,28 @@ class STL(nn.Module):
     equi, two of (2N, 128), features and their predictions; trans, two of (N, 128), the codes of the one and of the
     other image of each pair; and, as they are, codes (2N, 128) and predictions from right and wrong codes for the log.
 
-    losses: which of inv, equi, trans to build; inv alone is SimCLR's."""
+    losses: which of LOSSES[code] to build; inv alone is SimCLR's. code "labels" and "predicted" also take the labels of
+    the two transformations, (N, L) each, those of LEARN[learn]. "predicted" returns predict, two of (2N, L), predicted
+    and true differences of labels, in place of equi and trans."""
 
-    def __init__(self, encoder, preset="code", losses=("inv", "equi", "trans"), features=512):
+    def __init__(self, encoder, preset="code", losses=("inv", "equi", "trans"), features=512, code="learned",
+                 learn="crop+colour"):
         super().__init__()
-        widths = PRESETS[preset]["transformation_encoder"]
+        self.code, labels = code, sum(len(LABELS[group][0]) for group in LEARN[learn])
+        layers, read = PRESETS[preset], labels if code == "labels" else features
+        widths = (*layers["f_T"][:-1], labels) if code == "predicted" else layers["f_T"]
         self.encoder = encoder
-        self.inv_projector = mlp(features, 512, 128) if "inv" in losses else None
-        self.transformation_encoder = mlp(2 * features, *widths) if {"equi", "trans"} & set(losses) else None  # f_T
+        self.inv_projector = mlp(features, *layers["projector"]) if "inv" in losses else None
+        self.transformation_encoder = mlp(2 * read, *widths) if set(losses) - {"inv"} else None  # f_T
         self.hypernetwork = Hypernetwork(features, widths[-1]) if "equi" in losses else None
-        self.equi_projector = mlp(features, 512, 128) if "equi" in losses else None
-        self.trans_projector = mlp(widths[-1], 128, 128) if "trans" in losses else None
+        self.equi_projector = mlp(features, *layers["projector"]) if "equi" in losses else None
+        self.trans_projector = mlp(widths[-1], *layers["trans_projector"]) if "trans" in losses else None
 
     def encode_transformation(self, y1, y2):
-        """y_t (eq. 5): features of an image before and after, (N, 512) each -> (N, 128)."""
+        """y_t (eq. 5): features of an image before and after, (N, 512) each -> (N, 128); "labels": of labels (N, L)."""
         return self.transformation_encoder(torch.cat([y1, y2], 1))
 
-    def forward(self, view1, view2):
+    def forward(self, view1, view2, label1=None, label2=None):
         y1, y2 = self.encoder(view1), self.encoder(view2)  # (N, 512)
         compared = {}
         if self.inv_projector is not None:
@@ -122,12 +136,19 @@ class STL(nn.Module):
         if self.transformation_encoder is None or even == 0:
             return compared
         y1, y2 = y1[:even], y2[:even]
-        forth, back = self.encode_transformation(y1, y2), self.encode_transformation(y2, y1)
-        compared["codes"] = torch.cat([forth, back])
+        read1, read2 = (label1[:even], label2[:even]) if self.code == "labels" else (y1, y2)
+        forth, back = self.encode_transformation(read1, read2), self.encode_transformation(read2, read1)
+        if self.code == "predicted":
+            difference = (label2 - label1)[:even] / 2**0.5  # of variance 1
+            compared["predict"] = torch.cat([forth, back]), torch.cat([difference, -difference])
+            return compared
+        of_other = partner if self.code == "learned" else lambda codes: codes  # labels need no other image
+        if self.code == "learned":
+            compared["codes"] = torch.cat([forth, back])
         if self.hypernetwork is not None:
             few = min(16, even - 2)  # images that also get the code of another pair, to see whether W heeds it
             to2, to1, wrong = self.hypernetwork(
-                torch.cat([partner(forth), partner(back), forth[2 : few + 2].detach()]),
+                torch.cat([of_other(forth), of_other(back), forth[2 : few + 2].detach()]),
                 torch.cat([y1, y2, y1[:few].detach()]),
             ).split([even, even, few])
             compared["equi"] = (torch.cat([self.equi_projector(y1), self.equi_projector(y2)]),
@@ -138,14 +159,23 @@ class STL(nn.Module):
         return compared
 
 
+def preset_of(checkpoint):
+    """Of a checkpoint; "older paper" where the projectors of `paper` have two layers, as they once had."""
+    preset = checkpoint["config"].get("preset")
+    three = any(name.endswith("_projector.6.weight") for name in checkpoint["model"])
+    return "older paper" if preset == "paper" and not three else preset
+
+
 def load_stl(path):
     """The model of a checkpoint, in eval mode on the CPU, and the checkpoint. Raises UserError."""
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
-    if not checkpoint["method"].startswith("stl") or config.get("preset") not in tuple(PRESETS):
+    code, learn = config.get("code", "learned"), config.get("learn", "crop+colour")  # older checkpoints have neither
+    known = config.get("preset") in tuple(PRESETS) and code in tuple(LOSSES) and learn in tuple(LEARN)
+    if not checkpoint["method"].startswith("stl") or not known:
         raise UserError(f"'{path}' is a checkpoint of {checkpoint['method']}; one of stl.py is needed here")
-    losses = [name for name in ("inv", "equi", "trans") if config.get(name)]
-    model = STL(load_encoder(checkpoint, path), config["preset"], losses)
+    losses = [name for name in LOSSES[code] if config.get(name)]
+    model = STL(load_encoder(checkpoint, path), preset_of(checkpoint), losses, code=code, learn=learn)
     return load_model(model, checkpoint, path), checkpoint
 
 
@@ -160,8 +190,10 @@ def nt_xent(a, b, temperature=0.2):
 
 
 def stl_loss(compared, weights, temperature=0.2):
-    """compared: what STL returns. weights: {inv, equi, trans: number}. Returns the loss and metrics, all scalars."""
-    losses = {name: nt_xent(*compared[name], temperature) for name, weight in weights.items() if name in compared}
+    """compared: what STL returns. weights: {name of a loss: number}. Returns the loss and metrics, all scalars."""
+    losses = {name: nt_xent(*compared[name], temperature) for name in weights if name in compared and name != "predict"}
+    if "predict" in compared:
+        losses["predict"] = F.mse_loss(*(values.float() for values in compared["predict"]))
     metrics = dict(losses)
     with torch.no_grad():
         if "codes" in compared:
@@ -186,30 +218,29 @@ def watch(means, early):
 
 
 def train(args):
-    weights = {name: getattr(args, name) for name in ("inv", "equi", "trans") if getattr(args, name) > 0}
-    run = Run("stl" if len(weights) == 3 else "stl_" + "_".join(weights), args, split="train+unlabeled")
+    weights = {name: getattr(args, name) for name in LOSSES[args.code] if getattr(args, name) > 0}
+    parts = ["stl", *([] if args.code == "learned" else [args.code]),
+             *([] if len(weights) == len(LOSSES[args.code]) else weights)]
+    run = Run("_".join(parts), args, split="train+unlabeled")
     encoder = build_encoder(args.encoder, args.image_size, probabilistic=False)
-    model = run.prepare(STL(encoder, args.preset, weights))
+    preset = preset_of(run.resumed_from) if run.resumed_from else args.preset
+    model = run.prepare(STL(encoder, preset, weights, code=args.code, learn=args.learn))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     normalize = run.scale * 255, run.shift  # for images in [0, 1]
-    together = 2 if args.batch == "aligned" else 1
+    together, learnt = 2 if args.batch == "aligned" else 1, LEARN[args.learn]
 
-    def sample_per_pair(n, size, generator):
-        drawn = sample_transformations(-(-n // together), size, generator)
-        return align(drawn, n) if together == 2 else drawn
-
-    def sample_per_image(n, size, generator):
-        return sample_flips_and_blurs(n, generator)
+    def sample(n, size, generator):
+        return sample_views(n, size, generator, (*learnt, "augmix") if together == 2 else (), args.augmix)
 
     for epoch in run.epochs(model, optimizer, schedule):
-        batches = run.batches(*2 * (sample_per_pair, sample_per_image), together=together)
-        for source, index, *drawn in batches:
-            views = [transform(source, index, *of_view, normalize, run.dtype, together if args.augmix else None)
-                     for of_view in (drawn[:2], drawn[2:])]
+        for source, index, *drawn in run.batches(sample, sample, together=together):
+            views = [transform(source, index, parameters, normalize, run.dtype) for parameters in drawn]
+            labels = [transformation_labels(parameters, run.size, learnt) for parameters in drawn
+                      if args.code != "learned"]
             with run.autocast():
-                compared = model(*views)
+                compared = model(*views, *labels)
             loss, metrics = stl_loss(compared, weights, args.temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -227,26 +258,39 @@ def parse_args():
         lr_advice="SGD's, at the start; it follows a cosine to 0. 0.03 as in the paper, for batches of 256",
     )
     add = parser.add_argument_group("STL").add_argument
-    add("--preset", choices=list(PRESETS), default="code", help="where the paper and its released code differ: --trans "
-        "0.2 and f_T 1024-512-512-128 (paper), 0.1 and 1024-128-128 (code)")
-    add("--inv", type=non_negative_float, default=1.0, help="weight of the invariance loss, 0 for none")
-    add("--equi", type=non_negative_float, default=1.0, help="weight of the equivariance loss, 0 for none")
+    add("--preset", choices=["code", "paper"], default="code", help="where the paper and its released code differ: "
+        "--trans 0.2, f_T 1024-512-512-128, projectors of three layers (paper); 0.1, 1024-128-128, two layers (code)")
+    add("--code", choices=list(LOSSES), default="learned", help="what tells the hypernetwork the transformation: a "
+        "code learnt from features, or labels, its parameters (the form of EquiMod and SIE); predicted: no "
+        "hypernetwork, f_T predicts the labels (the form of E-SSL and AugSelf)")
+    add("--learn", choices=list(LEARN), default="crop+colour", help="the transformations that a pair shares, which its "
+        "code or labels can tell (STL's Table 8). The others are drawn for each image: they augment, but nothing "
+        "that the code is used for can tell them. colour: jitter and grayscale; all: flip and blur too. AugMix is "
+        "always shared, and has no label")
+    add("--inv", type=non_negative_float, help="weight of the invariance loss, 0 for none (default: 1)")
+    add("--equi", type=non_negative_float, help="weight of the equivariance loss, 0 for none (default: 1)")
     add("--trans", type=non_negative_float, help="weight of the code's loss, 0 for none (default: the preset's)")
-    add("--batch", choices=["aligned", "independent"], default="aligned",
-        help="independent: every image has transformations of its own, the ablation; codes then match by chance only")
-    add("--augmix", action="store_true", help="also AugMix, once for each pair of an aligned batch; slow: one by one")
+    add("--predict", type=non_negative_float, help="weight of the squared error of predicted labels (default: 0.5)")
+    add("--batch", choices=["aligned", "independent"], default="aligned", help="independent: every image has "
+        "transformations of its own: an ablation where codes are learnt, which then match by chance only")
+    add("--augmix", action="store_true", help="also AugMix, once for each pair of an aligned batch")
     add("--temperature", type=positive_float, default=0.2, help="of NT-Xent")
     add("--weight-decay", type=non_negative_float, default=5e-4, help="SGD's")
     args = parser.parse_args()
-    args.trans = PRESETS[args.preset]["trans"] if args.trans is None else args.trans
+    defaults = {"inv": 1.0, "equi": 1.0, "trans": PRESETS[args.preset]["trans"], "predict": 0.5}
+    for name, default in defaults.items():
+        used, weight = name in LOSSES[args.code], getattr(args, name)
+        if weight and not used:
+            parser.error(f"--{name} {weight:g} has no part in --code {args.code}: leave it out")
+        setattr(args, name, weight if weight is not None else default if used else 0.0)
     args.encoder = args.encoder or "resnet18"
     args.image_size = args.image_size or (96 if args.dataset == "stl10" else 32)
     args.batch_size = args.batch_size or 256
     args.probabilistic = False
     if args.batch == "aligned" and args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} is odd: aligned batches are made of pairs")
-    if not args.inv + args.equi + args.trans:
-        parser.error("--inv, --equi and --trans are all 0: nothing is left to minimise")
+    if not args.inv + args.equi + args.trans + args.predict:
+        parser.error(f"--{' and --'.join(LOSSES[args.code])} are all 0: nothing is left to minimise")
     return args
 
 

@@ -189,7 +189,7 @@ def usual_pipeline(name, args):
     def batches(run, *_, **__):
         for views, coefficients in loader:
             views = [view.to(run.device, non_blocking=True) for view in views]
-            drawn = [views[0], None, views[1], None] if script == "stl" else [views, coefficients.to(run.device)]
+            drawn = views if script == "stl" else [views, coefficients.to(run.device)]
             yield run.images, torch.arange(len(coefficients)), *drawn
 
     if script == "stl":

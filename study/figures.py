@@ -51,6 +51,8 @@ COLOURS = {  # one a method in every picture; Okabe and Ito's, told apart by the
     "avt": "#E69F00", "pt": "#0072B2", "vte_ba": "#009E73", "vte_infonce1": "#CC79A7", "vte_infonce2": "#56B4E9",
     "stl": "#D55E00", "simclr": "#000000", "augmix": "#A0522D", "steerable": "#7F9F00", "mean_target": "#5D3A9B",
     "random_ba": "#66C2A5", "random_infonce1": "#E7B8D3", "random_infonce2": "#A9DBF5",
+    "labels": "#117733", "predicted": "#882255", "inv": "#332288", "equi": "#88CCEE", "without_inv": "#44AA99",
+    "without_equi": "#DDCC77", "without_trans": "#AA4499",
     "random encoder": "#777777", "raw pixels": "#777777"}
 SHARES = {  # of the variance of f(t(x)), as `equivariance.variance_shares` names them: title and colour in pictures
     "invariant": ("invariant: stays when t changes", "#0072B2"),
@@ -136,17 +138,17 @@ CODE_KINDS = ["crop", "brightness", "contrast", "saturation", "hue"]  # each alo
 def single_transformations(kind, n, size, generator):
     """n transformations of one kind with all else left as it is: what views.transform takes, and {strength: values}."""
     drawn = views.sample_transformations(n, size, generator)
-    per_pair = {**views.unchanged_transformations(n, size), "order": drawn["order"]}
+    parameters = {**views.unchanged_transformations(n, size), "order": drawn["order"]}
     if kind == "crop":
-        per_pair["box"] = box = drawn["box"]
+        parameters["box"] = box = drawn["box"]
         top, left, height, width = box.float().unbind(1)
-        return per_pair, {"crop position, across": left + width / 2 - size / 2,
-                        "crop position, down": top + height / 2 - size / 2, "crop size": (height * width).sqrt()}
+        return parameters, {"crop position, across": left + width / 2 - size / 2,
+                            "crop position, down": top + height / 2 - size / 2, "crop size": (height * width).sqrt()}
     column = CODE_KINDS.index(kind) - 1
     spread = 0.1 if kind == "hue" else 0.4
     value = spread * (2 * torch.rand(n, generator=generator) - 1)
-    per_pair["factors"][:, column] += value
-    return per_pair, {kind: value}
+    parameters["factors"][:, column] += value
+    return parameters, {kind: value}
 
 
 def transformation_codes(path, n, data_dir, seed):
@@ -155,8 +157,9 @@ def transformation_codes(path, n, data_dir, seed):
     from stl import load_stl
 
     model, checkpoint = load_stl(path)
-    if model.transformation_encoder is None:
-        raise UserError(f"'{path}' has no transformation codes: it was trained with --equi 0 --trans 0")
+    if model.transformation_encoder is None or model.code != "learned":
+        raise UserError(f"'{path}' has no transformation codes: they are learnt with --code learned, unless --equi and "
+                        "--trans are 0")
     config, size = checkpoint["config"], checkpoint["config"]["image_size"]
     images = load_images(config["dataset"], "test", data_dir, size).images
     generator = torch.Generator().manual_seed(seed)
@@ -164,12 +167,11 @@ def transformation_codes(path, n, data_dir, seed):
     codes, kinds, strengths = [], [], {}
     for number, kind in enumerate(CODE_KINDS):
         index = torch.randint(0, len(images), (n,), generator=generator)
-        per_pair, values = single_transformations(kind, n, size, generator)
+        parameters, values = single_transformations(kind, n, size, generator)
         plain = views.unchanged_transformations(n, size)
-        per_image = {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)}
         with torch.no_grad():
             normal = 255 * scale, shift
-            before, after = (views.transform(images, index, which, per_image, normal) for which in (plain, per_pair))
+            before, after = (views.transform(images, index, which, normal) for which in (plain, parameters))
             for x, t in zip(before.split(250), after.split(250), strict=True):
                 codes.append(model.encode_transformation(model.encoder(x), model.encoder(t)))
         kinds += [number] * n

@@ -1,7 +1,9 @@
 # Every training and evaluation behind the tables, as make targets. From the repository's root:
 #   make -f study/study.mk vte                     VTE's Tables 1 to 3: CIFAR-10, the paper's settings, three seeds
 #   make -f study/study.mk vte DATA=stl10          its Table 4
-#   make -f study/study.mk stl DATA=stl10          STL, its SimCLR base, STL with AugMix
+#   make -f study/study.mk stl DATA=stl10          STL, its SimCLR base, with AugMix, labels in place of its codes
+#   make -f study/study.mk stl SCALE=small DATA=data/cifar10-jpg SEEDS=0 \
+#       METHODS="stl inv equi without_inv without_equi without_trans"      its ablations, which must be asked for
 #   make -f study/study.mk vte SCALE=small DATA=data/cifar10-jpg SEEDS="0 1"
 #   make -f study/study.mk vte-tables SCALE=small  into results/ and the pages what is finished so far
 #
@@ -20,7 +22,7 @@ SCALE ?= full
 # cifar10, stl10, digits (to see it work), or a folder that holds CIFAR-10 as files; DATA_DIR: where the first two go.
 DATA ?= cifar10
 DATA_DIR ?= data
-# All unless some are named: METHODS="pt vte_ba". What these build on is made too.
+# All, but for the ablations, unless some are named: METHODS="pt vte_ba". What these build on is made too.
 METHODS ?=
 SEEDS ?= $(SEEDS.$(SCALE))
 DEVICE ?= auto
@@ -41,6 +43,15 @@ SCRIPT.mean_target = vte_ba.py --mean-target
 SCRIPT.stl = stl.py
 SCRIPT.simclr = stl.py --equi 0 --trans 0 --batch independent
 SCRIPT.augmix = stl.py --augmix
+# Labels need no pairs, and their papers have none: ordinary batches, as for SimCLR. The ablations have STL's pairs.
+SCRIPT.labels = stl.py --code labels --batch independent
+SCRIPT.predicted = stl.py --code predicted --batch independent
+SCRIPT.inv = stl.py --equi 0 --trans 0
+SCRIPT.equi = stl.py --inv 0 --trans 0
+SCRIPT.without_inv = stl.py --inv 0
+SCRIPT.without_equi = stl.py --equi 0
+SCRIPT.without_trans = stl.py --trans 0
+ABLATIONS = inv equi without_inv without_equi without_trans
 PHASE_TWO = vte_ba vte_infonce1 vte_infonce2 steerable mean_target
 CONTROLS = random_ba random_infonce1 random_infonce2
 before = $(if $(filter $(PHASE_TWO),$(1)),pt)
@@ -48,7 +59,7 @@ group = $(if $(filter $(PHASE_TWO) $(CONTROLS),$(1)),phase_two,$(if $(filter $(A
 
 # Families: methods and classifiers.
 ALL.vte = avt pt $(PHASE_TWO) $(CONTROLS)
-ALL.stl = stl simclr augmix
+ALL.stl = stl simclr augmix labels predicted $(ABLATIONS)
 CLASSIFIERS.vte = mlp knn logistic
 CLASSIFIERS.stl = knn linear
 
@@ -59,6 +70,7 @@ TRAIN.full.predictors = $(if $(filter cpu,$(DEVICE)),,--compile cudagraphs)
 TRAIN.full.phase_two = $(TRAIN.full.predictors)
 LABELS.full = $(if $(filter stl10,$(DATA)),--train-sizes 5000)
 EQUIVARIANCE.full.stl = --transformations crop+colour crop colour projective
+LEFT_OUT.full = $(ABLATIONS)
 
 SEEDS.small = 0 1
 LIMIT.small.vte = 10000
@@ -69,7 +81,7 @@ TRAIN.small.stl = --encoder nin --limit $(LIMIT) --epochs 6 --batch-size 128
 LABELS.small = --train-sizes 5000 500
 EQUIVARIANCE.small.vte = --images 100 --pairs 2000
 EQUIVARIANCE.small.stl = --transformations crop+colour projective --images 100 --pairs 2000
-LEFT_OUT.small = steerable mean_target
+LEFT_OUT.small = steerable mean_target $(ABLATIONS)
 
 SEEDS.tiny = 0 1
 LIMIT.tiny.vte = 128
@@ -80,6 +92,7 @@ TRAIN.tiny.stl = --encoder nin --limit $(LIMIT) --epochs 1 --batch-size 32
 LABELS.tiny = --train-sizes 100 20
 EQUIVARIANCE.tiny.vte = --images 20 --per-image 12 --pairs 50
 EQUIVARIANCE.tiny.stl = --transformations crop+colour $(EQUIVARIANCE.tiny.vte)
+LEFT_OUT.tiny = $(ABLATIONS)
 
 # The study that is asked for, its folder, and its parts: FOLDER/seed0/pt.done, FOLDER/seed0/pt-labels.json, ...
 FAMILY := $(if $(filter stl%,$(MAKECMDGOALS)),stl,vte)
@@ -109,7 +122,7 @@ $(if $(filter full small tiny,$(SCALE)),,$(error SCALE: $(SCALE) is none of full
 .SECONDEXPANSION:
 
 help:
-	@sed -n '1,16s/^# \?//p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '1,18s/^# \?//p' $(firstword $(MAKEFILE_LIST))
 
 vte stl: $(PARTS)
 	$(PYTHON) study/parts.py collect $(FOLDER)

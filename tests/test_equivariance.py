@@ -27,6 +27,7 @@ from minter_warp import (
     transformation_target,
     warp_batch,
 )
+from minter_warp.views import transformation_labels, unchanged_transformations
 from predictive_transform import PredictiveTransform
 from probe import Representation, encode, read_rows, standardizer
 from vte_ba import VTEBarberAgakov
@@ -712,6 +713,32 @@ def block():
     assert second == pytest.approx(alone, abs=1e-4)
     assert tables[-1].headings[2:] == ["k-NN error", "invariant", "equivariant", "the same for all images"]
     assert [line[1] for line in tables[-1].lines[:6]] == [f"block {number}" for number in range(1, 7)]
+
+
+@torch.no_grad()
+def test_the_hypernetwork_fed_by_labels_takes_them_from_the_transformation(tmp_path, monkeypatch):
+    """The code of test image 4 under t: from the labels of no transformation and of t as it was drawn."""
+    seen, draw = [], equivariance.sample_transformations
+    monkeypatch.setattr(equivariance, "sample_transformations", lambda *args: seen.append(draw(*args)) or seen[-1])
+    data = evaluation_set("crop", test_images=10, size=8)
+    torch.manual_seed(1)
+    model = stl.STL(NIN(8, probabilistic=False), losses=("inv", "equi"), code="labels", learn="all").eval()
+    checkpoint = save(tmp_path / "a.ckpt", "stl_labels", model, preset="code", inv=1.0, equi=1.0, code="labels",
+                      learn="all", probabilistic=False)
+    _, predict = equivariance.hypernetwork_map(checkpoint, tmp_path / "a.ckpt")
+    x, tx = noise(10, 512), noise(10 * PER_IMAGE, 512, seed=2)
+    (_, predicted, candidates), (name, _, _) = predict(data, x, tx)
+    unchanged = unchanged_transformations(1, 8)
+    moved = {**unchanged, "box": seen[1]["box"][2 * PER_IMAGE + 7][None]}  # images 4 and 5 are the third pair
+    labels = [transformation_labels(which, 8, ("crop", "colour", "flip and blur")) for which in (unchanged, moved)]
+    expected = model.hypernetwork(model.encode_transformation(*labels), x[4][None])[0]
+    assert torch.allclose(predicted[4, 7], expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+    assert name == "hypernetwork, projected" and torch.equal(candidates[4, 7], tx[4 * PER_IMAGE + 7])
+    both = evaluation_set("colour", test_images=10, size=8)
+    strengths = torch.cat([both.test_targets[name] for name in ("brightness", "contrast", "saturation", "hue")], 1)
+    found = equivariance.labels_from_targets(both.test_targets, ("colour",))
+    assert torch.allclose(found[:, :4], strengths * 0.4 / 0.20656, atol=2e-4)  # hue: .1 / .05164 is the same
+    assert list(predict(evaluation_set("projective", test_images=10, size=8), x, tx)) == []  # no labels of these
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -230,8 +230,9 @@ def test_stl_checkpoints(tmp_path):
         return path
 
     assert stl.load_stl(save())[0].inv_projector is not None
-    for preset in ("mine", None, 7):
-        refused(save({"preset": preset}), "one of stl.py is needed", of=stl.load_stl)
+    for value in ("mine", None, 7):
+        for name in ("preset", "code", "learn"):
+            refused(save({name: value}), "one of stl.py is needed", of=stl.load_stl)
     refused(save({"equi": 1.0}), "do not fit the STL", of=stl.load_stl)
     refused(save((), {"inv_projector.0.weight": torch.zeros(3)}), "do not fit the STL", of=stl.load_stl)
     refused(save((), {"inv_projector.0.weight": torch.full((512, 512), NAN)}), "is infinite or NaN", of=stl.load_stl)

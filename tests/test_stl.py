@@ -1,5 +1,6 @@
 """STL: the batches its script makes; losses and hypernetwork against literal forms; what the codes learn."""
 
+import json
 import math
 import warnings
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stl
-from common import ResNet18, defaults_of, load_images
+from common import ResNet18, UserError, defaults_of, load_images
 
 # ------------------------------------------------------------------------------------------------ the script's batches
 
@@ -35,7 +36,7 @@ def first_views(flags, tmp_path, monkeypatch, own=True):
 
     monkeypatch.setattr("common.load_images", images)
     if not own:
-        monkeypatch.setattr(stl, "sample_flips_and_blurs",
+        monkeypatch.setattr("minter_warp.views.sample_flips_and_blurs",
                             lambda n, generator: {"flip": torch.zeros(n, dtype=torch.bool), "sigma": torch.zeros(n)})
     monkeypatch.setattr(stl.STL, "forward", forward)
     monkeypatch.setattr("sys.argv", ["stl.py", "--dataset", "digits", "--encoder", "nin", "--batch-size", "16",
@@ -68,6 +69,30 @@ def test_flips_and_blurs_are_each_images_own_augmix_is_used_and_views_are_normal
     monkeypatch.undo()
     mixed = first_views(["--augmix"], tmp_path, monkeypatch)
     assert all(not torch.equal(a, b) for a, b in zip(views, mixed, strict=True))
+
+
+GROUPS = {"crop": ["box"], "colour": ["factors", "order", "grey"], "rest": ["flip", "sigma"]}
+SHARED = {"crop": ["crop"], "colour": ["colour"], "crop+colour": ["crop", "colour"], "all": ["crop", "colour", "rest"]}
+
+
+@pytest.mark.parametrize("learn, batch", [*((learn, "aligned") for learn in SHARED), ("all", "independent")])
+def test_a_pair_shares_what_is_learnt_and_each_image_draws_the_rest(learn, batch, tmp_path, monkeypatch):
+    """The parameters of a whole epoch's views, of 128 images, as they reach `transform`; both views of all batches."""
+    seen, whole = [], stl.transform
+    monkeypatch.setattr(stl, "transform", lambda images, index, parameters, *rest: seen.append(parameters)
+                        or whole(images, index, parameters, *rest))
+    train(monkeypatch, tmp_path / "a.ckpt", "--limit", "128", "--batch-size", "64", "--equi", "0", "--trans", "0",
+          "--learn", learn, "--batch", batch)
+    assert len(seen) == 4  # two views of two batches
+    drawn = {name: torch.cat([parameters[name] for parameters in seen]) for name in seen[0]}
+    for group, names in GROUPS.items():
+        same = torch.stack([(drawn[name][::2] == drawn[name][1::2]).flatten(1).all(1) if drawn[name].dim() > 1
+                            else drawn[name][::2] == drawn[name][1::2] for name in names]).all(0)  # of 128 pairs
+        if batch == "aligned" and group in SHARED[learn]:
+            assert same.all(), group
+        else:
+            assert same.float().mean() < 0.4, group  # flip and blur are alike by chance in one of 8
+        assert len(drawn[names[0]].unique(dim=0)) > 1
 
 
 def test_weights_and_temperature_reach_the_loss(tmp_path, monkeypatch):
@@ -267,12 +292,153 @@ def test_sizes_are_the_papers():
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
     assert sum(millions.values()) == pytest.approx(45.57, abs=0.01)
     assert millions["hypernetwork"] == pytest.approx(33.55, abs=0.01)
-    paper = stl.STL(Flat(4, 512), preset="paper").transformation_encoder
-    linear = [(layer.in_features, layer.out_features, layer.bias) for layer in paper if isinstance(layer, nn.Linear)]
-    assert linear == [(1024, 512, None), (512, 512, None), (512, 128, None)]
+    two = [(512, 512, None), (512, 128, None)]
+    three = [(512, 512, None), *two]
+    shapes = {"paper": {"transformation_encoder": [(1024, 512, None), *two], "inv_projector": three,
+                        "equi_projector": three, "trans_projector": [(128, 512, None), *two]},
+              "code": {"transformation_encoder": [(1024, 128, None), (128, 128, None)], "inv_projector": two,
+                       "equi_projector": two, "trans_projector": 2 * [(128, 128, None)]}}
+    for preset, expected in shapes.items():
+        made = stl.STL(Flat(4, 512), preset=preset)
+        for name, layers in expected.items():
+            found = [(layer.in_features, layer.out_features, layer.bias) for layer in getattr(made, name)
+                     if isinstance(layer, nn.Linear)]
+            assert found == layers, (preset, name)
+            # batch normalisation, with two parameters a channel, and ReLU between the layers
+            assert sum(p.numel() for p in getattr(made, name).parameters()) == (
+                sum(i * o for i, o, _ in layers) + 2 * sum(o for _, o, _ in layers[:-1]))
     assert stl.PRESETS["paper"]["trans"] == 0.2 and stl.PRESETS["code"]["trans"] == 0.1
     bound = model.hypernetwork.weight.abs().max().item()
     assert bound == pytest.approx(nn.Linear(128, 4096, bias=False).weight.abs().max().item(), rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------- labels for codes
+
+
+def model_and_views(code, learn, n=8, preset="code"):
+    """A model in eval mode, two views of n images, and the labels of two transformations of each image."""
+    torch.manual_seed(2)
+    model = stl.STL(Flat(4, 12), preset, stl.LOSSES[code], 12, code, learn).eval()
+    generator = torch.Generator().manual_seed(3)
+    drawn = [stl.sample_views(n, 32, generator) for _ in range(2)]
+    labels = [stl.transformation_labels(parameters, 32, stl.LEARN[learn]) for parameters in drawn]
+    return model, torch.randn(2, n, 3, 4, 4, generator=generator), labels
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("learn, numbers", [("crop", 4), ("colour", 5), ("crop+colour", 9), ("all", 11)])
+def test_the_hypernetwork_fed_by_labels_is_equation_7_with_each_images_own_labels_written_out(learn, numbers):
+    model, (view1, view2), labels = model_and_views("labels", learn)
+    assert labels[0].shape == (8, numbers) and model.trans_projector is None
+    _, metrics = stl.stl_loss(model(view1, view2, *labels), {"inv": 1.0, "equi": 1.0})
+    y1, y2 = ([model.encoder(image[None])[0] for image in view] for view in (view1, view2))
+
+    def moved(y, before, after):
+        t = model.transformation_encoder(torch.cat([before, after])[None])[0]
+        return sum(t[k] * model.hypernetwork.weight[:, :, k] for k in range(len(t))) @ y
+
+    def rows(values):
+        return torch.stack([model.equi_projector(value[None])[0] for value in values])
+
+    one, two = labels
+    predicted = ([moved(y2[i], two[i], one[i]) for i in range(8)] + [moved(y1[i], one[i], two[i]) for i in range(8)])
+    assert metrics["equi"].item() == pytest.approx(literal_nt_xent(rows([*y1, *y2]), rows(predicted)), abs=1e-4)
+    assert set(metrics) == {"inv", "equi", "map_variation"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("learn", ["crop", "all"])
+@pytest.mark.parametrize("preset", ["code", "paper"])
+def test_predicted_labels_are_compared_with_the_difference_of_the_true_ones_number_by_number(learn, preset):
+    model, (view1, view2), labels = model_and_views("predicted", learn, preset=preset)
+    total, metrics = stl.stl_loss(model(view1, view2, *labels), {"inv": 2.0, "predict": 0.5})
+    squares = []
+    for first, second, before, after in zip(view1, view2, *labels, strict=True):
+        y1, y2 = (model.encoder(view[None])[0] for view in (first, second))
+        for pair, truth in (((y1, y2), after - before), ((y2, y1), before - after)):
+            guess = model.transformation_encoder(torch.cat(pair)[None])[0]
+            squares += [(guess[k].item() - truth[k].item() / math.sqrt(2)) ** 2 for k in range(len(truth))]
+    assert len(squares) == 8 * 2 * labels[0].shape[1] and set(metrics) == {"inv", "predict"}
+    assert metrics["predict"].item() == pytest.approx(sum(squares) / len(squares), rel=1e-4)
+    assert total.item() == pytest.approx(2 * metrics["inv"].item() + 0.5 * metrics["predict"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("code", ["labels", "predicted"])
+def test_with_labels_every_parameter_gets_a_gradient_and_their_loss_reaches_the_encoder(code):
+    model, views, labels = model_and_views(code, "all", n=9)  # the odd image is left to L_inv
+    compared = model.train()(*views, *labels)
+    loss, metrics = stl.stl_loss(compared, dict.fromkeys(stl.LOSSES[code], 1.0))
+    other = metrics[stl.LOSSES[code][1]]
+    assert all((gradient != 0).any() for gradient in torch.autograd.grad(other, model.encoder.parameters(),
+                                                                         retain_graph=True))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and (parameter.grad != 0).any(), name
+
+
+def train(monkeypatch, output, *flags):
+    few = "--dataset digits --image-size 8 --encoder nin --limit 16 --batch-size 8 --epochs 1".split()
+    monkeypatch.setattr("sys.argv", ["stl.py", *few, "--output", str(output), *flags])
+    stl.main()
+
+
+@pytest.mark.parametrize("code, method, losses", [
+    ("labels", "stl_labels", {"inv", "equi", "map_variation"}), ("predicted", "stl_predicted", {"inv", "predict"})])
+def test_labels_are_trained_with_loaded_and_resumed(code, method, losses, tmp_path, monkeypatch):
+    path = tmp_path / "a.ckpt"
+    train(monkeypatch, path, "--code", code, "--learn", "all", "--batch", "independent")
+    model, checkpoint = stl.load_stl(path)
+    assert checkpoint["method"] == method and model.code == code
+    (row,) = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    assert losses == row.keys() & {*losses, "inv", "equi", "trans", "predict", "map_variation", "code_spread"}
+    with pytest.raises(UserError, match=f"is a checkpoint of {method}"):
+        train(monkeypatch, path, "--resume")  # as if the codes were learnt
+
+
+def test_a_checkpoint_from_before_there_were_labels_is_of_learnt_codes_and_is_resumed(tmp_path, monkeypatch):
+    path, flags = tmp_path / "a.ckpt", ("--equi", "0", "--save-every", "1")
+    train(monkeypatch, path, *flags)
+    whole = torch.load(path)
+    for name in ("code", "learn", "predict"):
+        del whole["config"][name]
+    torch.save(whole, path)
+    model, _ = stl.load_stl(path)
+    assert model.code == "learned" and model.trans_projector is not None
+    train(monkeypatch, path, *flags, "--resume")
+    with pytest.raises(UserError, match="was trained with learn crop.colour, not all"):
+        train(monkeypatch, path, *flags, "--learn", "all", "--resume")
+
+
+def test_a_checkpoint_from_before_papers_projectors_had_three_layers_is_loaded_and_resumed(tmp_path, monkeypatch):
+    path, flags = tmp_path / "a.ckpt", ("--equi", "0", "--save-every", "1", "--preset", "paper")
+    with monkeypatch.context() as before:
+        before.setitem(stl.PRESETS, "paper", {"trans": 0.2, "f_T": (512, 512, 128), "projector": (512, 128),
+                                              "trans_projector": (128, 128)})
+        train(monkeypatch, path, *flags)
+    for _ in range(2):
+        model, _ = stl.load_stl(path)
+        sizes = [[layer.out_features for layer in part if isinstance(layer, nn.Linear)]
+                 for part in (model.transformation_encoder, model.inv_projector, model.trans_projector)]
+        assert sizes == [[512, 512, 128], [512, 128], [128, 128]]
+        train(monkeypatch, path, *flags, "--resume")
+
+
+def test_weights_that_have_no_part_are_refused_and_the_defaults_are_those_of_the_code(monkeypatch, capsys):
+    def args(*flags):
+        monkeypatch.setattr("sys.argv", ["stl.py", *flags])
+        found = stl.parse_args()
+        return found.inv, found.equi, found.trans, found.predict
+
+    assert args() == (1, 1, 0.1, 0) and args("--preset", "paper") == (1, 1, 0.2, 0)
+    assert args("--code", "labels", "--trans", "0") == (1, 1, 0, 0)
+    assert args("--code", "predicted", "--inv", "0") == (0, 0, 0, 0.5)
+    for flags, says in ((("--code", "labels", "--trans", "1"), "--trans 1 has no part in --code labels"),
+                        (("--code", "predicted", "--equi", "1"), "--equi 1 has no part in --code predicted"),
+                        (("--predict", "1"), "--predict 1 has no part in --code learned"),
+                        (("--code", "predicted", "--inv", "0", "--predict", "0"), "--inv and --predict are all 0")):
+        with pytest.raises(SystemExit, match="2"):
+            args(*flags)
+        assert says in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------ what to watch
@@ -336,13 +502,9 @@ class Small(nn.Module):
 
 def views_of(images, n, generator, together=2):
     index = torch.randint(0, len(images), (n,), generator=generator)
-    per_pair = [stl.align(stl.sample_transformations(n // 2, 32, generator), n) for _ in range(2)]
-    if together == 1:
-        per_pair = [stl.sample_transformations(n, 32, generator) for _ in range(2)]
-    per_image = [stl.sample_flips_and_blurs(n, generator) for _ in range(2)]
+    drawn = [stl.sample_views(n, 32, generator, stl.LEARN["crop+colour"] if together == 2 else ()) for _ in range(2)]
     normalize = torch.full((3,), 1 / 0.3), torch.full((3,), -0.5 / 0.3)
-    views = [stl.transform(images, index, *drawn, normalize) for drawn in zip(per_pair, per_image, strict=True)]
-    return views, per_pair
+    return [stl.transform(images, index, parameters, normalize) for parameters in drawn], drawn
 
 
 def code_scores(model, images, others):

@@ -184,6 +184,33 @@ def test_the_full_scale_is_the_papers():
     assert "0/mean_target" not in commands_of(methods=None, seeds="0")  # the small study leaves it out
 
 
+ABLATIONS = {"inv": "--equi 0 --trans 0", "equi": "--inv 0 --trans 0", "without_inv": "--inv 0",
+             "without_equi": "--equi 0", "without_trans": "--trans 0"}
+
+
+def test_the_ablations_of_stl_are_made_when_they_are_asked_for(monkeypatch):
+    """With STL's own pairs; labels in ordinary batches, as SimCLR. All have a title and a colour."""
+    import figures
+
+    for scale in ("full", "small", "tiny"):
+        names = {name.partition("/")[2] for name in commands_of(family="stl", scale=scale, methods=None, seeds="0")}
+        assert {"stl", "simclr", "augmix", "labels", "predicted"} <= names and not names & ABLATIONS.keys()
+    commands = commands_of(family="stl", methods=f"labels predicted {' '.join(ABLATIONS)}", seeds="0")
+    found = settings(commands)
+    small = "--encoder nin --limit 5000 --epochs 6 --batch-size 128 --seed 0".split()
+    flags = {**ABLATIONS, **{code: f"--code {code} --batch independent" for code in ("labels", "predicted")}}
+    for method, given in flags.items():
+        assert found[f"0/{method}"] == ["stl.py", *given.split(), *small] and f"0/{method} equivariance" in found
+        assert tables.METHODS[method].startswith("*") and method in figures.COLOURS
+        monkeypatch.setattr(sys, "argv", shlex.split(commands[f"0/{method}"])[1:])
+        args = importlib.import_module("stl").parse_args()
+        assert (args.inv > 0, args.equi > 0, args.trans > 0, args.predict > 0) == {
+            "labels": (True, True, False, False), "predicted": (True, False, False, True),
+            "inv": (True, False, False, False), "equi": (False, True, False, False),
+            "without_inv": (False, True, True, False), "without_equi": (True, False, True, False),
+            "without_trans": (True, True, False, False)}[method]
+
+
 @pytest.mark.parametrize("scale", ["full", "small", "tiny"])
 @pytest.mark.parametrize("family, data", [("vte", "cifar10"), ("vte", "stl10"), ("stl", "cifar10"), ("stl", "stl10")])
 def test_the_scripts_take_these_commands(family, data, scale, monkeypatch):

@@ -81,17 +81,17 @@ def test_blur_is_torchvisions(images, size, width):
 
 def test_a_whole_view_is_torchvisions_operations_one_after_the_other(images):
     generator = torch.Generator().manual_seed(4)
-    per_pair, per_image = views.sample_transformations(40, 32, generator), views.sample_flips_and_blurs(40, generator)
+    drawn = views.sample_views(40, 32, generator)
     mean, std = torch.tensor([0.43, 0.42, 0.39]), torch.tensor([0.27, 0.26, 0.27])
     index = torch.randperm(40, generator=generator)
-    ours = views.transform(images, index, per_pair, per_image, (1 / std, -mean / std))
+    ours = views.transform(images, index, drawn, (1 / std, -mean / std))
     apply = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
     kinds = set()
     for i in range(40):
-        image = tv.resized_crop(images[index[i]] / 255, *per_pair["box"][i].tolist(), size=[32, 32])
-        for operation in per_pair["order"][i].tolist():
-            image = apply[operation](image, per_pair["factors"][i, operation].item())
-        grey, flip, sigma = per_pair["grey"][i].item(), per_image["flip"][i].item(), per_image["sigma"][i].item()
+        image = tv.resized_crop(images[index[i]] / 255, *drawn["box"][i].tolist(), size=[32, 32])
+        for operation in drawn["order"][i].tolist():
+            image = apply[operation](image, drawn["factors"][i, operation].item())
+        grey, flip, sigma = (drawn[name][i].item() for name in ("grey", "flip", "sigma"))
         image = tv.rgb_to_grayscale(image, 3) if grey else image
         image = tv.horizontal_flip(image) if flip else image
         image = tv.gaussian_blur(image, [3, 3], [sigma, sigma]) if sigma else image
@@ -146,6 +146,29 @@ def test_colours_flips_and_blurs_are_distributed_as_torchvisions():
     assert (torch.corrcoef(independent) - torch.eye(4)).abs().max() < 0.07
 
 
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_have_mean_0_and_variance_1_as_transformations_are_drawn():
+    drawn = views.sample_views(100_000, 96, torch.Generator().manual_seed(0))
+    labels = views.transformation_labels(drawn, 96, list(views.LABELS))
+    assert labels.shape == (100_000, 11)
+    assert labels.mean(0).abs().max() < 0.02 and (labels.std(0) - 1).abs().max() < 0.02
+
+
+def test_labels_are_these_numbers():
+    two = {name: values.repeat_interleave(2, 0) for name, values in views.unchanged_transformations(1, 32).items()}
+    two["box"][0] = torch.tensor([4, 8, 16, 20])  # top, left, height, width
+    two["factors"][0] = torch.tensor([1.2, 0.8, 1.1, -0.05])
+    two["grey"][0], two["flip"][0], two["sigma"][0] = True, True, 1.5
+    labels = views.transformation_labels(two, 32, ["crop", "colour", "flip and blur"]).tolist()
+    changed = [(18 / 32 - 0.5) / 0.093, (12 / 32 - 0.5) / 0.093, (20 / 32 - 0.725) / 0.152, (16 / 32 - 0.725) / 0.152,
+               0.2 / 0.20656, -0.2 / 0.20656, 0.1 / 0.20656, -0.05 / 0.05164, 2.0, 1.0, (1.5 - 0.525) / 0.6527]
+    unchanged = [0, 0, 0.275 / 0.152, 0.275 / 0.152, 0, 0, 0, 0, -0.5, -1, -0.525 / 0.6527]
+    assert labels[0] == pytest.approx(changed, abs=1e-5) and labels[1] == pytest.approx(unchanged, abs=1e-5)
+    assert views.transformation_labels(two, 32, ["colour"]).tolist()[0] == pytest.approx(changed[4:9], abs=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------- alignment
 
 
@@ -161,29 +184,116 @@ def test_pairs_share_their_transformation_and_neighbouring_pairs_do_not():
         assert not torch.equal(aligned["box"][2 * i], aligned["box"][2 * i + 2])
 
 
-def test_augmix_mixes_a_pair_alike_and_is_torchvisions(images):
-    twice = images[:6].repeat_interleave(2, 0) / 255
-    torch.manual_seed(0)
-    mixed = views.augmix(twice, 2)
-    for i in range(6):
-        assert torch.equal(mixed[2 * i], mixed[2 * i + 1])
-    assert sum(not torch.equal(mixed[2 * i], twice[2 * i]) for i in range(6)) >= 5
-    torch.manual_seed(0)
-    unaligned = torch.cat([v2.AugMix()(pair) for pair in (twice * 255).to(torch.uint8).split(2)])
-    assert not all(torch.equal(unaligned[2 * i], unaligned[2 * i + 1]) for i in range(6))  # why `augmix` is ours
-    single = (twice[:1] * 255).to(torch.uint8)
-    torch.manual_seed(1)
-    ours = views.augmix(twice[:1], 2)
-    torch.manual_seed(1)
-    assert torch.equal(ours, v2.AugMix()(single).float() / 255)
+def test_a_pair_shares_its_augmix_only_where_it_is_asked_to():
+    for per_pair, shared in ((("augmix",), True), ((), False)):
+        drawn = views.sample_views(200, 32, torch.Generator().manual_seed(0), per_pair, augmix=True)
+        for name in ("operations", "strengths", "weights"):
+            same = (drawn[name][::2] == drawn[name][1::2]).flatten(1).all(1).float().mean()
+            assert same == 1 if shared else same < 0.02, name
+    assert "operations" not in views.sample_views(2, 32, torch.Generator().manual_seed(0))
 
 
 def test_augmix_comes_after_grayscale(images, monkeypatch):
     """A grey view is mixed from greys: were it the other way round, AugMix would see colours."""
     seen = []
-    monkeypatch.setattr(views, "augmix", lambda batch, together: seen.append(batch) or batch)
-    generator = torch.Generator().manual_seed(4)
-    per_pair, per_image = views.sample_transformations(40, 32, generator), views.sample_flips_and_blurs(40, generator)
-    views.transform(images, torch.arange(40), per_pair, per_image, (torch.ones(3), torch.zeros(3)), augmix_together=2)
+    monkeypatch.setattr(views, "augmix", lambda batch, *drawn: seen.append(batch) or batch)
+    drawn = views.sample_views(40, 32, torch.Generator().manual_seed(4), augmix=True)
+    views.transform(images, torch.arange(40), drawn, (torch.ones(3), torch.zeros(3)))
     grey = seen[0].amax(1).sub(seen[0].amin(1)).amax((1, 2)) < 1e-6
-    assert per_pair["grey"].sum() > 3 and grey[per_pair["grey"]].all()
+    assert drawn["grey"].sum() > 3 and grey[drawn["grey"]].all()
+
+
+# ------------------------------------------------------------------------------------------------------------- AugMix
+
+
+TORCHVISIONS = {  # name in v2.AugMix: whether its magnitude has a sign; in the order of views.OPERATIONS
+    "ShearX": True, "ShearY": True, "TranslateX": True, "TranslateY": True, "Rotate": True, "Posterize": False,
+    "Solarize": False, "AutoContrast": False, "Equalize": False, "Brightness": True, "Color": True, "Contrast": True,
+    "Sharpness": True}
+MIX = v2.AugMix()
+
+
+def torchvisions(name, images, strength):
+    """What v2.AugMix makes of uint8 images by one operation, at one of its severity's three magnitudes or its
+    negative, by torchvision.transforms.v2.functional."""
+    magnitudes, signed = MIX._AUGMENTATION_SPACE[name]
+    magnitudes = magnitudes(10, *images.shape[-2:])
+    magnitude = 0.0 if magnitudes is None else float(magnitudes[abs(strength)])
+    assert signed == TORCHVISIONS[name]
+    return MIX._apply_image_or_video_transform(images, name, -magnitude if signed and strength < 0 else magnitude,
+                                               interpolation=MIX.interpolation, fill=MIX._fill)
+
+
+@pytest.mark.parametrize("size", [15, 32, 96])
+@pytest.mark.parametrize("name", TORCHVISIONS)
+def test_an_operation_of_augmix_is_torchvisions_at_each_images_own_strength(images, name, size):
+    images = F.interpolate(images[:20].float(), size=size, mode="bilinear").to(torch.uint8)
+    images[2], images[3] = 250, 255  # of few levels
+    images[2, :, 0, :3] = torch.tensor([3, 200, 7], dtype=torch.uint8)
+    operation = views.OPERATIONS[list(TORCHVISIONS).index(name)]
+    strengths = [0, 1, 2, -2, -1]
+    theirs = torch.stack([torchvisions(name, images, strength) for strength in strengths])
+    for turn in range(5):  # each image at each strength
+        own = [(i + turn) % 5 for i in range(20)]
+        ours = operation(images, torch.tensor([float(strengths[which]) for which in own]))
+        expected = theirs[own, torch.arange(20)]
+        allowed = 0 if name in ("Posterize", "Solarize", "Equalize") else 1  # those compute in whole numbers
+        assert ours.dtype == torch.uint8 and (ours.int() - expected.int()).abs().max() <= allowed
+    always = views.OPERATIONS.index(operation) in views.WHATEVER_THE_STRENGTH
+    assert always or torch.equal(torchvisions(name, images, 0), images)  # which `sample_augmix` leaves out
+
+
+@pytest.mark.parametrize("block", [1, 2**19])  # so many images at once, and all
+def test_augmix_is_its_chains_one_image_and_one_operation_after_the_other(images, monkeypatch, block):
+    monkeypatch.setattr(views, "BLOCK", block)
+    drawn = views.sample_augmix(40, torch.Generator().manual_seed(5))
+    mixed, made = views.augmix(images / 255, **drawn), 0
+    for i in range(40):
+        total = drawn["weights"][i, 0] * images[i].float()
+        for chain in range(3):
+            levels = images[i : i + 1]
+            for number, strength in zip(*(drawn[name][i, chain] for name in ("operations", "strengths")), strict=True):
+                if number >= 0:
+                    levels, made = views.OPERATIONS[number](levels, strength[None]), made + 1
+            total += drawn["weights"][i, chain + 1] * levels[0].float()
+        assert levels_apart(mixed[i], total / 255) < 0.01
+    assert made > 120
+
+
+def test_augmix_is_drawn_as_torchvision_draws_it(monkeypatch):
+    """Of 2,000 images: how often each operation, at which magnitude, how many a chain, and the weights."""
+    applied, weights, n = [], [], 2000
+    monkeypatch.setattr(MIX, "_apply_image_or_video_transform",
+                        lambda image, name, magnitude, **_: applied.append((name, magnitude)) or image)
+    dirichlet = MIX._sample_dirichlet
+    monkeypatch.setattr(MIX, "_sample_dirichlet", lambda params: weights.append(dirichlet(params)) or weights[-1])
+    torch.manual_seed(0)
+    lengths, blank = [], torch.zeros(1, 3, 27, 27, dtype=torch.uint8)
+    for _ in range(n):
+        MIX(blank)
+        lengths.append(len(applied) - sum(lengths))
+    ours = views.sample_augmix(n, torch.Generator().manual_seed(0))
+    numbers, strengths = ours["operations"], ours["strengths"]
+    original, chains = (torch.cat(found) for found in (weights[::2], weights[1::2]))
+    for column in range(4):
+        theirs = original[:, 0] if column == 0 else original[:, 1] * chains[:, column - 1]
+        same_distribution(ours["weights"][:, column], theirs)
+    assert torch.allclose(ours["weights"].sum(1), torch.ones(n))
+    # Strength 0 is left out where it changes nothing, a third of these operations.
+    always = torch.isin(numbers, torch.tensor(views.WHATEVER_THE_STRENGTH))
+    assert ((strengths != 0) | always | (numbers < 0)).all()
+    for number, (name, signed) in enumerate(TORCHVISIONS.items()):
+        magnitudes = [magnitude for it, magnitude in applied if it == name and (magnitude or not signed)]
+        chosen = strengths[numbers == number]
+        assert len(chosen) == pytest.approx(len(magnitudes), abs=5 * math.sqrt(2 * len(magnitudes))), name
+        if signed:
+            unit = max(magnitudes) / 2
+            theirs = [round(magnitude / unit) for magnitude in magnitudes]
+            for strength in (-2, -1, 1, 2):
+                share = (chosen == strength).float().mean()
+                assert share == pytest.approx(theirs.count(strength) / len(theirs), abs=0.06)
+    assert sum(lengths) / n == pytest.approx(6, abs=0.1)  # torchvision's, with strength 0
+    expected = 2 * (4 + 9 * 2 / 3) / 13  # operations of a chain
+    assert (numbers >= 0).sum() / (3 * n) == pytest.approx(expected, abs=0.03)
+    assert [(numbers[:, :, step] >= 0).float().mean().item() for step in range(3)] == pytest.approx(
+        [expected / 2 * share for share in (1, 2 / 3, 1 / 3)], abs=0.03)
