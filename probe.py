@@ -668,10 +668,13 @@ def write_text(path, text):
         raise UserError(f"cannot write '{path}' ({error.strerror})") from error
 
 
+JSON_VERSION = 1  # of what EQUIVARIANCE.md describes; a field that changes its meaning raises it
+
+
 def write_json(rows, path, made_with):
     """made_with: what `provenance` returns, and the seconds it took. One row a line."""
     lines = ",\n".join(map(json.dumps, rows))
-    write_text(path, f'{{"made_with": {json.dumps(made_with)},\n"rows": [\n{lines}\n]}}\n')
+    write_text(path, f'{{"version": {JSON_VERSION}, "made_with": {json.dumps(made_with)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def read_rows(path):

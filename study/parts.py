@@ -109,6 +109,7 @@ def collect(folder):
     for name, path in finished_parts(folder):
         try:
             record = json.loads(path.read_text())
+            record.pop("version", None)
             machine = record.pop("made_with")
             command = machine.pop("command")
             record = {"seconds": machine.pop("seconds", 0.0), **record}

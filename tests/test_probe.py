@@ -249,7 +249,7 @@ def test_a_cell_that_was_left_out_is_empty_in_both_tables(tmp_path, capsys):
 def test_what_json_holds_is_read_again_and_the_older_list_too(tmp_path):
     rows, path = [{**ROW, "train_size": size} for size in (500, 50)], tmp_path / "rows.json"
     probe.write_json(rows, path, {"commit": "abc"})
-    assert json.loads(path.read_text()) == {"made_with": {"commit": "abc"}, "rows": rows}
+    assert json.loads(path.read_text()) == {"version": 1, "made_with": {"commit": "abc"}, "rows": rows}
     assert path.read_text().count("\n") == 5  # one row a line
     assert probe.read_rows(path) == rows
     path.write_text(json.dumps(rows))
