@@ -1123,30 +1123,37 @@ def load_encoder(checkpoint, path, probabilistic=False):
     return load_weights(encoder, checkpoint["encoder"], path).eval()
 
 
-def average_batch_norm(encoder):
-    """From now on, in training mode, batch normalisation's running statistics are plain averages over the batches."""
-    for module in encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None
+@contextlib.contextmanager
+def averaged_batch_norm(encoder):
+    """In here the encoder is in training mode, and its batch normalisation's running statistics are plain averages over
+    the batches; after it in eval mode, and training would follow the last batches again."""
+    norms = [module for module in encoder.train().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    yield
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    encoder.eval()
 
 
 @torch.no_grad()
 def untrained_phase_one(run, images=2048):
     """Phase two's control: a phase one that was never trained, in eval mode. z is its mu, without noise; its batch
     normalisation has the statistics of so many training images, transformed."""
-    encoder = build_encoder(run.args.encoder, run.size).to(run.device).train()
-    average_batch_norm(encoder)
+    encoder = build_encoder(run.args.encoder, run.size).to(run.device)
     nn.init.zeros_(log_variance_head(encoder).weight)
     nn.init.constant_(encoder.logvar.bias, -30.0)
     generator = torch.Generator(run.device).manual_seed(run.seed_of("phase one"))
     order = torch.randperm(len(run.images), generator=generator, device=run.device)[:images]
-    for index in order.split(256):
-        if len(index) > 1:  # batch normalisation takes no batch of one image
-            crops = sample_crops(len(index), run.size, generator)
-            coefficients = sample_coefficients(len(index), run.size, generator)
-            encoder(warp_batch(run.images, index, crops, coefficients, run.scale, run.shift))
-    return encoder.eval()
+    with averaged_batch_norm(encoder):
+        for index in order.split(256):
+            if len(index) > 1:  # batch normalisation takes no batch of one image
+                crops = sample_crops(len(index), run.size, generator)
+                coefficients = sample_coefficients(len(index), run.size, generator)
+                encoder(warp_batch(run.images, index, crops, coefficients, run.scale, run.shift))
+    return encoder
 
 
 def export_encoder(checkpoint, path, dtype=torch.float32):

@@ -42,7 +42,7 @@ from common import (
     NAMED,
     Parser,
     UserError,
-    average_batch_norm,
+    averaged_batch_norm,
     build_encoder,
     choose_device,
     choose_precision,
@@ -144,12 +144,11 @@ def encode(encoder, images, mean, std, device, dtype, batch_size=None, index=Non
 
 def calibrated(encoder, images, config, device, dtype):
     """The encoder in eval mode, its batch normalisation with the statistics of (up to 2,048) images."""
-    encoder = encoder.train()
-    average_batch_norm(encoder)
     n = min(CALIBRATION_IMAGES, len(images))
     n -= n % encode_batch(images.shape[-1]) == 1 and n > 1  # batch normalisation takes no last batch of one image
-    encode(encoder, images[:n], config["mean"], config["std"], device, dtype)
-    return encoder.eval()
+    with averaged_batch_norm(encoder):
+        encode(encoder, images[:n], config["mean"], config["std"], device, dtype)
+    return encoder
 
 
 def random_encoder(images, config, seed, device, dtype):
@@ -325,7 +324,8 @@ def predictions_on_images(representation, index, labels, settings, head, batch_s
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False) if finetuned else None
 
     def logits(batch, training):
-        encoder.train(training and finetuned), head.train(training)
+        encoder.train(training and finetuned)
+        head.train(training)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = encoder(batch)
             return head(output[0] if isinstance(output, tuple) else output).float()
@@ -512,7 +512,7 @@ def probe(args, device):
         method, config = checkpoint["method"], checkpoint["config"]
         representations += represent(name, method, encoder, config)
         if args.calibrated:
-            encoder = calibrated(encoder, images, config, device, dtype)
+            encoder = calibrated(copy.deepcopy(encoder), images, config, device, dtype)  # the row above has the other
             representations += represent(name, f"{method}, calibrated", encoder, config)
     if args.rows != "checkpoints":
         for kind, config in architectures(checkpoints).items():

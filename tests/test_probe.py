@@ -168,6 +168,7 @@ def test_random_encoder_is_calibrated_on_the_images():
     arguments = (images, config, 0, torch.device("cpu"), torch.float32)
     encoder = probe.random_encoder(*arguments)
     assert not encoder.training
+    assert {norm.momentum for norm in encoder.modules() if isinstance(norm, torch.nn.BatchNorm2d)} == {0.1}  # finetuned
     weights = dict(encoder.named_parameters())
     torch.manual_seed(0)
     assert all(torch.equal(weights[name], value) for name, value in NIN().named_parameters())  # untrained

@@ -148,6 +148,19 @@ def test_rows_are_the_same_made_together_or_apart_and_those_before_mu_are_what_t
         assert row["error_mean"] == pytest.approx((predicted != test_labels.numpy()).mean(), abs=0.003)  # one tie
 
 
+def test_a_calibrated_row_leaves_the_row_beside_it_as_it_is(trained):
+    """Classifiers that read images run after all encoders were prepared."""
+    folder, _ = trained
+    flags = ["--classifiers", "released", "--epochs", 2, "--features", "mu", "--train-sizes", 60]
+    flags += ["--rows", "checkpoints"]
+    made = []
+    for more in ([], ["--calibrated"]):
+        run("probe.py", "ba.ckpt", *flags, *more, "--json", "released.json", cwd=folder)
+        made.append(read_rows(folder / "released.json"))
+    assert [len(rows) for rows in made] == [1, 2] and made[1][0] == made[0][0]
+    assert made[1][0]["error_mean"] != made[1][1]["error_mean"]
+
+
 def test_every_other_method_trains_and_is_probed_in_one_table(trained):
     folder, _ = trained
     for name, command, _ in ROWS:
