@@ -19,6 +19,7 @@ from common import (
     IMAGE_SUFFIXES,
     Parser,
     UserError,
+    image_side,
     load_checkpoint,
     load_images,
     positive_int,
@@ -44,7 +45,7 @@ def title_of(dataset):
     return "CIFAR-10, JPEG copy" if suffixes & IMAGE_SUFFIXES <= {".jpg", ".jpeg"} else "CIFAR-10, copied to files"
 
 
-def prepare(folder, scale, dataset, data_dir, limit):
+def prepare(folder, scale, dataset, data_dir, limit, size=None):
     """Downloads or decodes a study's data, and notes in its folder what the data is called."""
     about = {"study": folder.name, "title": title_of(dataset), "scale": scale}
     path = folder / "study.json"
@@ -53,7 +54,7 @@ def prepare(folder, scale, dataset, data_dir, limit):
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(json.dumps(about).encode()))
     stl = folder.name.startswith("stl-")
-    size = 96 if stl and dataset == "stl10" else 32
+    size = size or (96 if stl and dataset == "stl10" else 32)
     load_images(dataset, "train+unlabeled" if stl else "unlabeled", data_dir, size, limit)
     for split in ("train", "test"):
         load_images(dataset, split, data_dir, size)
@@ -167,6 +168,7 @@ def parse_args():
     add("--dataset", required=True)
     add("--data-dir", default="data")
     add("--limit", type=positive_int)
+    add("--image-size", type=image_side)
     add = actions.add_parser("finish", help="write the mark of a finished training").add_argument
     add("checkpoint", type=Path)
     return parser.parse_args()
@@ -175,7 +177,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.action == "prepare":
-        prepare(args.folder, args.scale, args.dataset, args.data_dir, args.limit)
+        prepare(args.folder, args.scale, args.dataset, args.data_dir, args.limit, args.image_size)
     elif args.action == "finish":
         finish(args.checkpoint)
     else:

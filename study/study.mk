@@ -17,7 +17,8 @@
 # OMP_NUM_THREADS=<cores / jobs>. One make a folder at a time. On an H200 -j3 suits vte: with CUDA graphs one training at
 # a time is as fast as three, and an evaluation is mostly work of the processor. A seed takes some 25 minutes.
 
-# full: the papers' settings, on a GPU. small: on two CPU cores, 84 minutes and the CONTROLS. tiny: to see it work.
+# full: the papers' settings, on a GPU. small: on two CPU cores, 84 minutes and the CONTROLS. paired: ours, phase two on
+# a trained and on an untrained phase one, five seeds at 16 x 16 with the fast recipe. tiny: to see it work.
 SCALE ?= full
 # cifar10, stl10, digits (to see it work), or a folder that holds CIFAR-10 as files; DATA_DIR: where the first two go.
 DATA ?= cifar10
@@ -83,6 +84,15 @@ EQUIVARIANCE.small.vte = --images 100 --pairs 2000
 EQUIVARIANCE.small.stl = --transformations crop+colour projective --images 100 --pairs 2000
 LEFT_OUT.small = steerable mean_target $(ABLATIONS)
 
+SEEDS.paired = 0 1 2 3 4
+SIZE.paired = 16
+LIMIT.paired.vte = 19200
+TRAIN.paired.predictors = --image-size $(SIZE) --limit $(LIMIT) --epochs 2 --batch-size 64 --recipe fast
+TRAIN.paired.phase_two = --image-size $(SIZE) --limit $(LIMIT) --epochs 1 --batch-size 64 --recipe fast
+LABELS.paired = --classifiers knn logistic --train-sizes 5000 --features mu
+EQUIVARIANCE.paired.vte = --images 100 --pairs 2000
+LEFT_OUT.paired = avt vte_infonce2 random_infonce2 steerable mean_target
+
 SEEDS.tiny = 0 1
 LIMIT.tiny.vte = 128
 LIMIT.tiny.stl = 64
@@ -97,6 +107,7 @@ LEFT_OUT.tiny = $(ABLATIONS)
 # The study that is asked for, its folder, and its parts: FOLDER/seed0/pt.done, FOLDER/seed0/pt-labels.json, ...
 FAMILY := $(if $(filter stl%,$(MAKECMDGOALS)),stl,vte)
 LIMIT = $(LIMIT.$(SCALE).$(FAMILY))
+SIZE = $(SIZE.$(SCALE))
 NAME := $(FAMILY:vte=)$(if $(filter stl,$(FAMILY)),-)$(or $(filter stl10 digits,$(DATA)),cifar10)-$(SCALE)
 FOLDER := $(RUNS)/$(NAME:-full=)
 WANTED := $(or $(METHODS),$(filter-out $(LEFT_OUT.$(SCALE)),$(ALL.$(FAMILY))))
@@ -115,7 +126,7 @@ PARTS := $(foreach seed,$(SEEDS),$(filter $(FOLDER)/seed$(seed)/%,$(TRAININGS) $
 MISSING := $(filter-out $(wildcard $(PARTS)),$(PARTS))
 
 $(foreach method,$(filter-out $(ALL.$(FAMILY)),$(METHODS)),$(error METHODS: $(method) is none of $(ALL.$(FAMILY))))
-$(if $(filter full small tiny,$(SCALE)),,$(error SCALE: $(SCALE) is none of full small tiny))
+$(if $(filter full small paired tiny,$(SCALE)),,$(error SCALE: $(SCALE) is none of full small paired tiny))
 
 .PHONY: help vte stl vte-tables stl-tables data
 .DELETE_ON_ERROR:
@@ -134,7 +145,7 @@ vte-tables stl-tables:
 $(MISSING): | data
 data:
 	$(PYTHON) study/parts.py prepare $(FOLDER) --scale $(SCALE) --dataset '$(DATA)' --data-dir '$(DATA_DIR)' \
-	    $(addprefix --limit ,$(LIMIT))
+	    $(addprefix --limit ,$(LIMIT)) $(addprefix --image-size ,$(SIZE))
 
 # What the target of a rule is: seed0/vte_ba-labels-knn.json has the name vte_ba and the kind labels-knn. All that parts
 # need stands behind |: it has to be there, and its date says nothing. exec, so that make's signals reach Python.

@@ -6,13 +6,12 @@ import json
 import os
 import pickle
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import shared_forks
 from PIL import Image
 
 import common
@@ -540,7 +539,7 @@ def test_features_of_what_is_no_image_are_refused(images, says, tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
 @pytest.mark.parametrize(("setting", "new_pages"), [({}, False), ({"MINTER_KEEP_MEMORY": "0"}, True)])
-def test_freed_memory_is_kept_unless_told_otherwise(setting, new_pages):
+def test_freed_memory_is_kept_unless_told_otherwise(setting, new_pages, tmp_path):
     """64 MiB freed and asked for again, 20 times after the heap has settled: 16,384 page faults each time (32 of huge
     pages), or none."""
     code = """
@@ -553,9 +552,8 @@ for _ in range(20):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                            env={**settings, **setting})
+    (tmp_path / "pages.py").write_text(code)
+    result = shared_forks().run(tmp_path / "pages.py", cwd=tmp_path, environment=setting)
     assert result.returncode == 0, result.stderr
     assert (int(result.stdout) > 20 * 16) == new_pages
 

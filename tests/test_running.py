@@ -131,9 +131,9 @@ def assert_same_run(one, other):
     assert rows_of(one.with_suffix(".jsonl")) == rows_of(other.with_suffix(".jsonl"))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["pt", "avt", "stl"])  # both recipes, and a schedule of epochs
 def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(name, whole, forks):
-    """Three kills of each of the five scripts. A run that ends before its kill is begun anew, and given less time."""
+    """Three kills of each. A run that ends before its kill is begun anew, and given less time."""
     folder, seconds = whole
     command = [wrapper(folder), *SCRIPTS[name], "--output", f"killed-{name}.ckpt", "--resume"]
     moments, longest, kills = random.Random(f"{name} moments"), 0.7 * seconds[name], 0
@@ -233,21 +233,20 @@ def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(whole, for
 
 
 @pytest.mark.parametrize("name, steps, number", [
-    ("pt", 7, signal.SIGTERM), ("avt", 3, signal.SIGINT), ("ba", 1, signal.SIGTERM), ("infonce", 8, signal.SIGINT),
-    ("stl", 10, signal.SIGTERM)])
+    ("pt", 7, signal.SIGTERM), ("ba", 1, signal.SIGTERM), ("infonce", 8, signal.SIGINT)])
 def test_a_signal_ends_the_run_after_its_step_and_resumed_it_ends_with_the_same_bits(name, steps, number, whole, forks):
     folder, _ = whole
     signalled = wrapper(folder, f"after_steps({steps}, lambda: os.kill(os.getpid(), {int(number)}))")
     command = [*SCRIPTS[name], "--output", f"signalled {name}.ckpt"]
     result = forks.run(signalled, *command, cwd=folder)
-    finished, epochs = (steps - 1) // STEPS, 3 if name == "stl" else 4
+    finished = (steps - 1) // STEPS
     assert result.returncode == 128 + number
     before, says = result.stderr.strip().split(": python ")
     assert before == f"stopped in epoch {finished + 1}; to go on after epoch {finished}"
     assert (folder / f"signalled {name}.ckpt").exists() == (finished > 0)
     result = forks.run(wrapper(folder), *shlex.split(says), cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\nepoch ") == epochs - finished
+    assert result.stdout.count("\nepoch ") == 4 - finished
     assert_same_run(folder / f"{name}.ckpt", folder / f"signalled {name}.ckpt")
 
 
