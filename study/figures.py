@@ -4,8 +4,6 @@
     python study/figures.py codes stl.ckpt --output codes.png
     python study/figures.py decoded pt.ckpt avt.ckpt --output decoded.png
     python study/figures.py shares equivariance.json --output shares.png
-    python study/figures.py ranks equivariance.json --output ranks.png
-    python study/figures.py features pt.ckpt vte_ba.ckpt --output features.png
     python study/figures.py errors results/cifar10-small.json --output errors.png
     python study/figures.py overview --output overview.png
 """
@@ -28,9 +26,7 @@ from common import (
     Parser,
     UserError,
     build_encoder,
-    choose_device,
     load_checkpoint,
-    load_encoder,
     load_images,
     load_model,
     positive_int,
@@ -41,7 +37,6 @@ from minter_warp import (
     normalization,
     projective_warp,
     sample_coefficients,
-    sample_corners,
     transformation_target,
     views,
     warp_batch,
@@ -280,39 +275,6 @@ def draw_decoded(args):
     save(figure, args.output)
 
 
-def draw_ranks(args):
-    """Retrieval: how often the true transformation has each rank, for each map in the JSON of equivariance.py (rows
-    with z sampled are left out)."""
-    from probe import read_rows
-
-    panels = {}
-    try:
-        for row in read_rows(args.rows):
-            if "ranks" in row and row["features"] != "sample" and row["transformations"] == args.transformations:
-                maps = panels.setdefault(row["checkpoint"] or row["method"], [])
-                maps.append((row["map"], row["value"], row["ranks"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"'{args.rows}' is no file that equivariance.py --json wrote ({error})") from error
-    if not panels:
-        raise UserError(f"'{args.rows}' holds no retrieval under {args.transformations} transformations")
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3 * columns, 0.4 + 2.2 * lines), squeeze=False, sharex=True,
-                                sharey=True, layout="constrained")
-    for axis in list(axes.flat)[len(panels):]:
-        axis.axis("off")
-    for axis, (name, maps) in zip(axes.flat, panels.items(), strict=False):
-        for label, value, ranks in maps:
-            axis.stairs(ranks, np.arange(len(ranks) + 1) + 0.5, label=f"{label}: MRR {value:.2f}", linewidth=1.5)
-        axis.axhline(1 / len(ranks), color="grey", linestyle=":")
-        axis.set(title=name, yscale="log", xlim=(0.5, len(ranks) + 0.5))
-        axis.title.set_fontsize(9)
-        axis.legend(fontsize=7, loc="upper right")
-    figure.supxlabel(f"rank of the true one among {len(ranks)} transformations (dotted: chance)", fontsize=9)
-    figure.supylabel("share of queries", fontsize=9)
-    save(figure, args.output)
-
-
 def draw_shares(args):
     """The shares of the variance of f(t(x)), a bar for each method in the JSON of equivariance.py. A part below 0, by a
     map worse than none, goes to the left. Of z sampled the noise of sigma stands apart."""
@@ -373,41 +335,6 @@ def drawable(names):
     plt.rcParams["font.family"] = families
     drawn = [f"class {number}" if missing & set(map(ord, name)) else name for number, name in enumerate(names)]
     return [name.replace("$", r"\$").replace("_", " ") for name in drawn]  # legends leave out _name, $ is TeX
-
-
-def draw_features(args):
-    """t-SNE of the features (mu) of held-out images, each under one random projective transformation: coloured by class
-    on the left and by rotation on the right."""
-    from sklearn.manifold import TSNE
-
-    from probe import encode
-
-    figure, axes = plt.subplots(len(args.checkpoints), 2, figsize=(9, 3.2 * len(args.checkpoints)), squeeze=False)
-    for (left, right), path in zip(axes, args.checkpoints, strict=True):
-        checkpoint = load_checkpoint(path)
-        config, size = checkpoint["config"], checkpoint["config"]["image_size"]
-        images, labels, classes, _ = load_images(args.dataset or config["dataset"], "test", args.data_dir, size)
-        generator = torch.Generator().manual_seed(args.seed)
-        chosen = torch.randperm(len(images), generator=generator)[: args.images]
-        coefficients = sample_coefficients(len(chosen), size, torch.Generator().manual_seed(args.seed))
-        turns, _ = sample_corners(len(chosen), size, torch.Generator().manual_seed(args.seed))  # the same draws
-
-        def apply(images, index, rows, *normal, coefficients=coefficients):
-            return warp_batch(images, index, None, coefficients[rows], *normal)
-
-        features, _ = encode(load_encoder(checkpoint, path), images, config["mean"], config["std"],
-                             choose_device("cpu"), torch.float32, index=chosen, apply=apply)
-        at = TSNE(perplexity=min(30, len(chosen) // 4), init="pca", random_state=args.seed).fit_transform(features)
-        classes, angles = drawable(classes), ["0°", "90°", "180°", "270°"]
-        for axis, groups, names in ((left, labels[chosen], classes), (right, turns, angles)):
-            for number, name in enumerate(names):
-                axis.scatter(*at[(groups == number).numpy()].T, s=4, color=plt.cm.tab10(number % 10), label=name)
-            axis.set(xticks=[], yticks=[])
-            axis.legend(fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
-        left.set_title(f"{checkpoint['method'].replace('_', ' ')}: class", fontsize=10)
-        right.set_title(f"{checkpoint['method'].replace('_', ' ')}: rotation", fontsize=10)
-    figure.tight_layout()
-    save(figure, args.output)
 
 
 def draw_errors(args):
@@ -516,17 +443,10 @@ def parse_args():
     add("--dataset", help="other data than the first checkpoint's, whose test images are used")
     add("--columns", type=positive_int, default=7, help="how many images")
     drawn_from_data(add, "images and transformations")
-    for name, draw, help in (("ranks", draw_ranks, "histograms of ranks in retrieval"),
-                             ("shares", draw_shares, "what of the features is invariant, equivariant, unexplained")):
-        add = picture(name, draw, help)
-        add("rows", metavar="JSON", help="what equivariance.py --json wrote")
-        add("--transformations", choices=TRANSFORMATIONS, default="projective", help="which of those it holds")
+    add = picture("shares", draw_shares, "what of the features is invariant, equivariant, unexplained")
+    add("rows", metavar="JSON", help="what equivariance.py --json wrote")
+    add("--transformations", choices=TRANSFORMATIONS, default="projective", help="which of those it holds")
     add("--features", choices=["mu", "sample"], default="mu", help="of encoders that have a sigma")
-    add = picture("features", draw_features, "t-SNE of features, by class and by rotation")
-    add("checkpoints", nargs="+", metavar="CKPT", help="two, say: a line of pictures for each")
-    add("--dataset", help="other data than each checkpoint's own, whose test images are used")
-    add("--images", type=positive_int, default=1000, help="how many")
-    drawn_from_data(add, "images, transformations and t-SNE")
     add = picture("errors", draw_errors, "error against the number of labels, ours and the paper's")
     add("results", metavar="JSON", help="results/<study>.json, or the results.json of its folder")
     add = picture("overview", draw_overview, "equivariance against error on labels, of all methods on CIFAR-10")
