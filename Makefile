@@ -7,6 +7,7 @@
 # make bench-gpu  on a GPU: tests, sanitizers, benchmarks of the warp and of training; each also a target of its own
 # make reproduce  on a GPU: VTE's Tables 1-4 with three seeds, into RESULTS.md; with DATA=DIR, CIFAR-10 in files, 1-3
 # make reproduce-small  the same at a small scale, on two CPU cores in 84 minutes and those of the controls
+# make reproduce-paired  phase two on a trained and on an untrained phase one, five seeds at 16 x 16, in two hours
 # make reproduce-stl  on a GPU: STL, SimCLR, STL with AugMix, labels for codes; reproduce-stl-small on a CPU
 # make lint    ruff
 # make setup   .venv with all that is needed and the compiled warp, which the others do first
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .PHONY: demo test fuzz sanitize bench bench-train bench-gpu bench-gpu-tests bench-gpu-sanitizers bench-gpu-warp \
     bench-gpu-train reproduce reproduce-cifar10 reproduce-stl10 \
-    reproduce-small reproduce-stl reproduce-stl-small lint setup clean
+    reproduce-small reproduce-paired reproduce-stl reproduce-stl-small lint setup clean
 
 setup: $(VENV)/.built
 
@@ -112,6 +113,9 @@ reproduce-stl10: setup
 reproduce-small: setup
 	$(MAKE) -f study/study.mk vte SCALE=small DATA=$(DATA) PYTHON=$(BIN)/python
 	$(BIN)/python study/figures.py errors results/cifar10-small.json --output results/cifar10-small-errors.png
+
+reproduce-paired: setup
+	$(MAKE) -f study/study.mk vte SCALE=paired DATA=$(DATA) PYTHON=$(BIN)/python
 
 reproduce-stl: setup
 	$(MAKE) -f study/study.mk stl DATA=$(DATA) PYTHON=$(BIN)/python

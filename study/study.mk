@@ -127,6 +127,7 @@ MISSING := $(filter-out $(wildcard $(PARTS)),$(PARTS))
 
 $(foreach method,$(filter-out $(ALL.$(FAMILY)),$(METHODS)),$(error METHODS: $(method) is none of $(ALL.$(FAMILY))))
 $(if $(filter full small paired tiny,$(SCALE)),,$(error SCALE: $(SCALE) is none of full small paired tiny))
+$(if $(filter stl-paired,$(FAMILY)-$(SCALE)),$(error SCALE: paired is of vte alone))
 
 .PHONY: help vte stl vte-tables stl-tables data
 .DELETE_ON_ERROR:

@@ -11,6 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from scipy import stats
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, UserError, run_command, write_atomically
 from equivariance import column
@@ -43,6 +45,9 @@ METHODS = {  # name: what the tables call it; study.mk has the commands
     "steerable control": "steerable control",
     "invariant control": "invariant control",
 }
+PAIRS = [("vte_ba", "random_ba"), ("vte_infonce1", "random_infonce1"), ("vte_infonce2", "random_infonce2"),
+         ("vte_ba", "pt"), ("vte_infonce1", "pt"), ("vte_infonce2", "pt"), ("pt", "random encoder"),
+         ("random_ba", "random encoder"), ("random_infonce1", "random encoder")]  # compared seed by seed
 PAPERS = ("avt", "pt", "vte_ba", "vte_infonce1", "vte_infonce2")  # VTE's rows, in its order
 
 
@@ -79,6 +84,7 @@ PUBLISHED = {
 SHARES = ("invariant", "equivariant")  # of the variance of f(t(x))
 STUDIES = {  # those that results/ and the pages have: what makes each
     "cifar10": "make reproduce", "stl10": "make reproduce", "cifar10-small": "make reproduce-small",
+    "cifar10-paired": "make reproduce-paired",
     "stl-stl10": "make reproduce-stl", "stl-cifar10": "make reproduce-stl",
     "stl-cifar10-small": "make reproduce-stl-small",
 }
@@ -88,6 +94,8 @@ KINDS = {**{name: title for name, (title, _) in FEATURES.items()}, None: ""}  # 
 
 def published_for(results):
     """The published numbers a study stands beside: {classifier: {method: {training labels: error}}}."""
+    if results["scale"] == "paired":  # 16 x 16 pixels
+        return {}
     return PUBLISHED.get(results["study"].removesuffix(f"-{results['scale']}"), {})
 
 
@@ -238,6 +246,36 @@ def order_table(results, errors):
     return table(headings, rows) if rows else []
 
 
+def paired_table(errors):
+    """Differences of error between methods with features mu, seed by seed: mean, and half of its 95 % interval by
+    Student's t. Bold: no chance by a paired t-test at .05, Holm-corrected over the table."""
+    measures = sorted({key[2:] for key in errors}, key=lambda measure: (measure[0], -measure[1]))
+    cells = {}
+    for pair in PAIRS:
+        for measure in measures:
+            one, other = (getattr(errors.get((method, "mu", *measure)), "of_seed", {}) for method in pair)
+            differences = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+            if len(differences) > 2:
+                cells[pair, measure] = differences
+    p_values = {cell: stats.ttest_1samp(differences, 0).pvalue for cell, differences in cells.items()}
+    significant = set()
+    for number, cell in enumerate(sorted(p_values, key=p_values.get)):
+        if p_values[cell] > 0.05 / (len(cells) - number):
+            break
+        significant.add(cell)
+
+    def text(cell):
+        if cell not in cells:
+            return ""
+        n, mean = len(cells[cell]), statistics.mean(cells[cell])
+        half = stats.t.ppf(0.975, n - 1) * statistics.stdev(cells[cell]) / n**0.5
+        return f"**{mean:+.3f}** ± {half:.3f}" if cell in significant else f"{mean:+.3f} ± {half:.3f}"
+
+    rows = [[f"{METHODS[one]} − {METHODS[other]}", *(text(((one, other), measure)) for measure in measures)]
+            for one, other in PAIRS if any(cell[0] == (one, other) for cell in cells)]
+    return table(["", *(f"{TITLES[classifier]}, {size:,}" for classifier, size in measures)], rows) if rows else []
+
+
 def equivariance_tables(equivariance, seeds):
     """One table a family of transformations. Rows with z sampled are left to the JSON."""
     for family in dict.fromkeys(key[0] for key in equivariance):
@@ -298,6 +336,10 @@ def study_section(results):
     text = [f"**{results['title']}.** {provenance(results)} Commands: {results['study']}.json.", ""]
     for title, lines in error_tables(results, errors, seeds):
         text += [f"**{title}**, error", "", *lines]
+    paired = paired_table(errors)
+    if paired:
+        text += ["**Differences of error, seed by seed**: mean ± 95 % interval (t); bold: not 0 at .05, Holm-corrected",
+                 "", *paired]
     order = order_table(results, errors)
     if order:
         text += ["**Order of the methods**, best first, I1 and I2 for the two InfoNCE", "", *order]

@@ -135,7 +135,8 @@ def test_each_part_is_made_once_and_after_what_it_needs(study):
 
 
 def test_what_is_unknown_is_refused_before_anything_is_run(study):
-    for flags, says in (({"methods": "stl"}, "METHODS: stl is none of avt pt"), ({"scale": "big"}, "SCALE: big")):
+    for flags, says in (({"methods": "stl"}, "METHODS: stl is none of avt pt"), ({"scale": "big"}, "SCALE: big"),
+                        ({"family": "stl", "scale": "paired", "methods": ""}, "SCALE: paired is of vte alone")):
         assert study.run(code=2, **flags) == [] and says in study.run.said
     assert study.run(family="help", code=0) == [] and "make -f study/study.mk vte" in study.run.said
 
@@ -211,8 +212,9 @@ def test_the_ablations_of_stl_are_made_when_they_are_asked_for(monkeypatch):
             "without_trans": (True, True, False, False)}[method]
 
 
-@pytest.mark.parametrize("scale", ["full", "small", "tiny"])
-@pytest.mark.parametrize("family, data", [("vte", "cifar10"), ("vte", "stl10"), ("stl", "cifar10"), ("stl", "stl10")])
+@pytest.mark.parametrize("family, data, scale", [("vte", "cifar10", "paired")] + [
+    (family, data, scale) for family in ("vte", "stl") for data in ("cifar10", "stl10")
+    for scale in ("full", "small", "tiny")])
 def test_the_scripts_take_these_commands(family, data, scale, monkeypatch):
     for command in commands_of(f"DATA={data}", family=family, scale=scale, methods=None, seeds="0").values():
         _, script, *flags = shlex.split(command)
@@ -530,6 +532,30 @@ def test_order_of_the_methods():
 
 
 # ------------------------------------------------------------------------------------------------------ a real study
+
+
+def test_paired_differences_have_the_intervals_and_tests_of_scipy():
+    from scipy import stats
+
+    draws = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 100
+    levels = {"vte_ba": 0.60, "random_ba": 0.65, "pt": 0.605}  # -.05, and -.005 within noise of .014
+    errors = {}
+    for (method, level), drawn in zip(levels.items(), draws, strict=True):
+        measured = errors[method, "mu", "knn", 5000] = tables.Measured()
+        measured.of_seed = {str(seed): level + value for seed, value in enumerate(drawn.tolist())}
+    measured = errors["vte_infonce1", "mu", "knn", 5000] = tables.Measured()
+    measured.of_seed = {"0": 0.7, "1": 0.7}  # two seeds give no interval
+    lines = tables.paired_table(errors)
+    assert lines[0] == "|  | k-NN, 5,000 |" and len(lines) == 2 + 2 + 1
+    for line, other in zip(lines[2:], ("random_ba", "pt"), strict=False):
+        pair = [list(errors[method, "mu", "knn", 5000].of_seed.values()) for method in ("vte_ba", other)]
+        test = stats.ttest_rel(*pair)
+        low, high = test.confidence_interval(0.95)
+        mean, half = re.search(r"([+-]\d\.\d+) ± (\d\.\d+)", line.replace("**", "")).groups()
+        assert float(mean) == pytest.approx((low + high) / 2, abs=6e-4)
+        assert float(half) == pytest.approx((high - low) / 2, abs=6e-4)
+        assert ("**" in line.split("|")[2]) == (test.pvalue < (0.025 if other == "random_ba" else 0.05))
+    assert "**" in lines[2].split("|")[2] and "**" not in lines[3].split("|")[2]
 
 
 def test_a_real_study(tmp_path, monkeypatch):
