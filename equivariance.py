@@ -189,52 +189,62 @@ class EvaluationSet:
 # -------------------------------------------------------------------------------------------------------- measures
 
 
-def ridge(kernel, targets, held_out, together=False):
-    """Kernel ridge regression: kernel (N, N) and targets (N, k) float64 -> dual coefficients (N, k). The penalty is the
-    one of RIDGE_PENALTIES with the least squared error on the held-out pairs, chosen for each column or for all
-    together; then all pairs are fitted."""
-    unit = kernel.diagonal().mean().clamp(min=1e-12)
+def ridge(inputs, targets, held_out, together=False, dual=False):
+    """Ridge regression: inputs (N, d) and targets (N, k) float64 -> weights (d, k); dual: kernel (N, N) -> dual
+    coefficients (N, k). The penalty is the one of RIDGE_PENALTIES with the least squared error on the held-out pairs,
+    chosen for each column or for all together; then all pairs are fitted."""
+    unit = inputs.diagonal().mean() if dual else inputs.square().sum(1).mean()
 
-    def solve(kernel, targets, penalty):
-        kernel = kernel.clone()
-        kernel.diagonal().add_(penalty * unit)
-        return torch.cholesky_solve(targets, torch.linalg.cholesky(kernel))
+    def system(inputs, targets):
+        return (inputs, targets) if dual else (inputs.T @ inputs, inputs.T @ targets)
 
-    fit, across = kernel[~held_out][:, ~held_out], kernel[held_out][:, ~held_out]
-    errors = torch.stack([(across @ solve(fit, targets[~held_out], penalty) - targets[held_out]).square().sum(0)
+    def solve(matrix, targets, penalty):
+        matrix = matrix.clone()
+        matrix.diagonal().add_(penalty * unit)
+        return torch.cholesky_solve(targets, torch.linalg.cholesky(matrix))
+
+    fit = inputs[~held_out][:, ~held_out] if dual else inputs[~held_out]
+    across = inputs[held_out][:, ~held_out] if dual else inputs[held_out]
+    fitted = system(fit, targets[~held_out])
+    errors = torch.stack([(across @ solve(*fitted, penalty) - targets[held_out]).square().sum(0)
                           for penalty in RIDGE_PENALTIES])  # (penalties, k)
     best = (errors.sum(1, keepdim=True).expand_as(errors) if together else errors).argmin(0)
-    coefficients = torch.empty_like(targets)
+    matrix, right = system(inputs, targets)
+    weights = torch.empty_like(right)
     for which in best.unique().tolist():
         chosen = best == which
-        coefficients[:, chosen] = solve(kernel, targets, RIDGE_PENALTIES[which])[:, chosen]
-    return coefficients
+        weights[:, chosen] = solve(matrix, right[:, chosen], RIDGE_PENALTIES[which])
+    return weights
 
 
 def regress(held_out, train, targets, device, together=False):
     """Ridge regression from blocks of inputs and, if there are two, all products of the one with the other. train: a
-    list of (N, D); targets (N, k). Returns a function: a list of (M, D) -> predictions (M, k) float32 on the CPU.
+    list of (N, D); targets (N, k). Returns a function: a list of (M, D) -> predictions (M, k) float32 on the CPU. Of
+    two blocks the first may have M / r rows, each of which stands for r in a row.
 
     The kernel of [a, b, a x b] is the product of two linear kernels, (1 + a.a' / D) (1 + b.b' / D'), so the inputs
-    themselves, N x (D + 1) (D' + 1), are never made."""
+    themselves, N x (D + 1) (D' + 1), are never made; of one block the inputs are, [1, a / D^0.5]."""
     scales = [standardizer(block) for block in train]
-    train = [scaled(block).to(device) for scaled, block in zip(scales, train, strict=True)]
+
+    def inputs(blocks, dtype=torch.float32):
+        return [nn.functional.pad(scaled(block).to(device, dtype) / block.shape[1]**0.5, (1, 0), value=1)
+                for scaled, block in zip(scales, blocks, strict=True)]
 
     def kernel(rows, columns):
-        products = 1
-        for a, b in zip(rows, columns, strict=True):
-            products = products * (1 + a @ b.T / a.shape[1])
-        return products
+        first, second = (a @ b.T for a, b in zip(rows, columns, strict=True))
+        return first.repeat_interleave(len(second) // len(first), 0).mul_(second)
 
-    exact = [block.double() for block in train]
+    train, dual = inputs(train, torch.float64), len(train) == 2
     targets = targets.double().to(device)
     mean = targets.mean(0)
-    dual = ridge(kernel(exact, exact), targets - mean, held_out.to(device), together).float()
+    weights = ridge(kernel(train, train) if dual else train[0], targets - mean, held_out.to(device), together, dual)
+    weights, mean, train = weights.float(), mean.float(), [block.float() for block in train]
 
     def predict(blocks):
-        parts = zip(*(scaled(block).split(1000) for scaled, block in zip(scales, blocks, strict=True)), strict=True)
-        return torch.cat([(kernel([block.to(device) for block in part], train) @ dual + mean.float()).cpu()
-                          for part in parts])
+        at_once = max(1, 1000 * len(blocks[0]) // len(blocks[-1]))
+        parts = zip(*(block.split(at_once * len(block) // len(blocks[0])) for block in blocks), strict=True)
+        return torch.cat([((kernel(rows, train) if dual else rows[0]) @ weights + mean).cpu()
+                          for rows in map(inputs, parts)])
 
     return predict
 
@@ -262,7 +272,7 @@ def predict_targets(data, train, test, device):
 
 def ridge_map(data, x, tx, device):
     """An equivariant map for methods that have none: predicts f(t(x)) from f(x) and t. x, tx (N, D): the features of
-    the training pairs. Returns a function: features (M, D) and targets (M, k) -> (M, D).
+    the training pairs. Returns a function: features (M / r, D), see `regress`, and targets (M, k) -> (M, D).
 
     It is linear in the feature, and its matrix and its offset are affine in the targets: a ridge regression from f, t
     and all products of the two. f and t alone would not do: such a map adds the same offset to every image, while an
@@ -515,7 +525,7 @@ def fit_maps(data, x, tx, test_x, device):
     (known, told), shape = data.joined_targets(), (data.n, data.per_image)
     act = ridge_map(data, x, tx, device)
     by_t = regress(data.held_out, [known], tx, device, together=True)([told])
-    return act, act(test_x[data.test_index], told).unflatten(0, shape), by_t.unflatten(0, shape)
+    return act, act(test_x, told).unflatten(0, shape), by_t.unflatten(0, shape)
 
 
 @torch.no_grad()
@@ -531,7 +541,7 @@ def measure(data, original, transformed, twice, learned, device):
     noise = data.per_image_sum(logvar.exp().sum(1)) / data.per_image
     rows = [{"measure": "share", "part": part, **interval} for part, interval
             in variance_shares(data, candidates, by_map, by_t, noise).items()]
-    for source, blocks in {"x and t(x)": [[x, tx], [test_x[data.test_index], test_tx]],
+    for source, blocks in {"x and t(x)": [[x, tx], [test_x, test_tx]],
                            "t(x)": [[tx], [test_tx]]}.items():
         rows += [{"measure": name, "target": target, "from": source, **interval} for (target, name), interval
                  in predict_targets(data, *blocks, device).items()]

@@ -399,10 +399,11 @@ def test_ridge_is_scikit_learn_s_with_the_penalty_that_validates_best():
     best = errors.argmin(0)
     assert best[0] < best[2]  # a column that follows from x, and pure noise
     for together, chosen in ((False, best), (True, errors.sum(1).argmin().expand(3))):
-        weights = x.T @ ridge(x @ x.T, y, held_out, together)
-        for column, number in enumerate(chosen.tolist()):
-            reference = Ridge(equivariance.RIDGE_PENALTIES[number] * unit, fit_intercept=False).fit(x, y[:, column])
-            assert weights[:, column].numpy() == pytest.approx(reference.coef_, abs=1e-8)
+        of_kernel = x.T @ ridge(x @ x.T, y, held_out, together, dual=True)
+        for weights in (of_kernel, ridge(x, y, held_out, together)):
+            for column, number in enumerate(chosen.tolist()):
+                reference = Ridge(equivariance.RIDGE_PENALTIES[number] * unit, fit_intercept=False).fit(x, y[:, column])
+                assert weights[:, column].numpy() == pytest.approx(reference.coef_, abs=1e-8)
 
 
 def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_transformation(monkeypatch):
