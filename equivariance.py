@@ -231,7 +231,8 @@ def regress(held_out, train, targets, device, together=False):
     two blocks the first may have M / r rows, each of which stands for r in a row.
 
     The kernel of [a, b, a x b] is the product of two linear kernels, (1 + a.a' / D) (1 + b.b' / D'), so the inputs
-    themselves, N x (D + 1) (D' + 1), are never made; of one block the inputs are, [1, a / D^0.5]."""
+    themselves, N x (D + 1) (D' + 1), are never made. One block of no more than N numbers, [1, a / D^0.5], takes no
+    kernel."""
     scales = [standardizer(block) for block in train]
 
     def inputs(blocks, dtype=torch.float32):
@@ -239,10 +240,12 @@ def regress(held_out, train, targets, device, together=False):
                 for scaled, block in zip(scales, blocks, strict=True)]
 
     def kernel(rows, columns):
-        first, second = (a @ b.T for a, b in zip(rows, columns, strict=True))
-        return first.repeat_interleave(len(second) // len(first), 0).mul_(second)
+        product, *others = (a @ b.T for a, b in zip(rows, columns, strict=True))
+        for other in others:
+            product = product.repeat_interleave(len(other) // len(product), 0).mul_(other)
+        return product
 
-    train, dual = inputs(train, torch.float64), len(train) == 2
+    train, dual = inputs(train, torch.float64), len(train) == 2 or train[0].shape[1] > len(train[0])
     targets = targets.double().to(device)
     mean = targets.mean(0)
     weights = ridge(kernel(train, train) if dual else train[0], targets - mean, held_out.to(device), together, dual)

@@ -445,6 +445,18 @@ def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_trans
         assert act(features, test_targets).numpy() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("width", [4, 300])
+def test_one_block_is_ridge_regression_from_it_however_wide(monkeypatch, width):
+    monkeypatch.setattr(equivariance, "RIDGE_PENALTIES", [0.1])
+    train, test, targets = noise(100, width), noise(30, width, seed=2), noise(100, 3, seed=3)
+    inputs, test_inputs = (torch.cat([torch.ones(len(of), 1), standardizer(train)(of) / math.sqrt(width)], 1).double()
+                           for of in (train, test))
+    penalty = 0.1 * inputs.square().sum(1).mean().item()
+    literal = Ridge(penalty, fit_intercept=False).fit(inputs, (targets - targets.mean(0)).double())
+    found = equivariance.regress(torch.arange(100) < 20, [train], targets, CPU)([test])
+    assert found.numpy() == pytest.approx(literal.predict(test_inputs) + targets.mean(0).numpy(), abs=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- intervals, movement
 
 
