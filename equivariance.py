@@ -3,7 +3,7 @@
 The objectives of these methods are about that, and no paper of the VTE line measures it. On held-out images x:
 
 - What share of the variance of f(t(x)) is invariant, equivariant, unexplained? `variance_shares` has the definitions.
-- Does f hold t? Ridge regression from f(x) and f(t(x)), or from f(t(x)) alone, to the numbers that describe t.
+- Does f hold t? Ridge regression from f(x) and f(t(x)), f(t(x)) alone, or STL's code, to the numbers that describe t.
 - Can f(t(x)) be worked out? It is predicted from f(x) and t, by a ridge regression and by the map that a method has
   learned, and must be found among the features of the same image under 60 transformations; by t alone, how often?
 - How far does f move under t, relative to how far images lie apart?
@@ -44,6 +44,7 @@ RIDGE_VALIDATION = 0.2  # of the training images, to choose the penalty on
 BOOTSTRAP = 1000
 COMPOSITION = ("two in turn", "ρ(g)ρ(h) - ρ(gh)", "ρ(g)⁴ - 1")
 COLOURS, JITTER = ("brightness", "contrast", "saturation", "hue"), torch.tensor([0.4, 0.4, 0.4, 0.1])
+SINGLE = ("crop", *COLOURS)  # the kinds of transformation, one at a time
 
 
 # ------------------------------------------------------------------------------------------------- transformations
@@ -100,19 +101,24 @@ def reflected_warp(images, coefficients):
     return nn.functional.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
 
 
-def draw_crop_or_colour(n, size, generator, border=None, crop=True, colour=True):
-    """The same of what STL learns from: a resized crop, colour jitter (on every image, in random order), or both, which
-    show nothing outside whatever the border. The targets are the crop's centre and its width and height, in sides of
-    the image, and how far each adjustment of colour is of its range, -1 to 1."""
+def draw_crop_or_colour(n, size, generator, border=None, crop=True, colour=True, single=False):
+    """The same of what STL learns from: a resized crop, colour jitter (on every image, in random order), both, or
+    (single) one of SINGLE alone; they show nothing outside whatever the border. The targets are the crop's centre and
+    its width and height, in sides of the image, how far each adjustment of colour is of its range, -1 to 1, and of
+    single ones the kind."""
     drawn, targets = sample_transformations(n, size, generator), {}
     parameters = unchanged_transformations(n, size)
+    kept = torch.ones(n, len(SINGLE))
+    if single:
+        kinds = torch.randint(len(SINGLE), (n,), generator=generator)
+        targets["kind"] = kept = nn.functional.one_hot(kinds, len(SINGLE)).float()
     if crop:
-        parameters["box"] = drawn["box"]
-        top, left, height, width = (drawn["box"] / size).unbind(1)
+        parameters["box"] = torch.where(kept[:, :1] > 0, drawn["box"], parameters["box"])
+        top, left, height, width = (parameters["box"] / size).unbind(1)
         targets["crop position"] = torch.stack([left + width / 2, top + height / 2], 1) - 0.5
         targets["crop size"] = torch.stack([width, height], 1)
     if colour:
-        strength = 2 * torch.rand(n, 4, generator=generator) - 1
+        strength = kept[:, 1:] * (2 * torch.rand(n, 4, generator=generator) - 1)
         parameters["factors"] += strength * JITTER
         parameters["order"] = drawn["order"]
         targets |= zip(COLOURS, strength.split(1, 1), strict=True)
@@ -127,7 +133,9 @@ def draw_crop_or_colour(n, size, generator, border=None, crop=True, colour=True)
 INSIDE = {"rotation": 1, "scale": 0.8, "translation": 0.75, "projective": 0.55}  # the square that is always filled
 FAMILIES = {**{family: partial(draw_projective, family=family) for family in INSIDE},
             "crop": partial(draw_crop_or_colour, colour=False), "colour": partial(draw_crop_or_colour, crop=False),
-            "crop+colour": draw_crop_or_colour}
+            "crop+colour": draw_crop_or_colour, "single": partial(draw_crop_or_colour, single=True)}
+GROUPS = {"crop": ("crop position", "crop size"), "colour": COLOURS,  # of STL's Table 5
+          "all": ("crop position", "crop size", *COLOURS)}
 
 
 class EvaluationSet:
@@ -189,52 +197,65 @@ class EvaluationSet:
 # -------------------------------------------------------------------------------------------------------- measures
 
 
-def ridge(kernel, targets, held_out, together=False):
-    """Kernel ridge regression: kernel (N, N) and targets (N, k) float64 -> dual coefficients (N, k). The penalty is the
-    one of RIDGE_PENALTIES with the least squared error on the held-out pairs, chosen for each column or for all
-    together; then all pairs are fitted."""
-    unit = kernel.diagonal().mean().clamp(min=1e-12)
+def ridge(inputs, targets, held_out, together=False, dual=False):
+    """Ridge regression: inputs (N, d) and targets (N, k) float64 -> weights (d, k); dual: kernel (N, N) -> dual
+    coefficients (N, k). The penalty is the one of RIDGE_PENALTIES with the least squared error on the held-out pairs,
+    chosen for each column or for all together; then all pairs are fitted."""
+    unit = inputs.diagonal().mean() if dual else inputs.square().sum(1).mean()
 
-    def solve(kernel, targets, penalty):
-        kernel = kernel.clone()
-        kernel.diagonal().add_(penalty * unit)
-        return torch.cholesky_solve(targets, torch.linalg.cholesky(kernel))
+    def system(inputs, targets):
+        return (inputs, targets) if dual else (inputs.T @ inputs, inputs.T @ targets)
 
-    fit, across = kernel[~held_out][:, ~held_out], kernel[held_out][:, ~held_out]
-    errors = torch.stack([(across @ solve(fit, targets[~held_out], penalty) - targets[held_out]).square().sum(0)
+    def solve(matrix, targets, penalty):
+        matrix = matrix.clone()
+        matrix.diagonal().add_(penalty * unit)
+        return torch.cholesky_solve(targets, torch.linalg.cholesky(matrix))
+
+    fit = inputs[~held_out][:, ~held_out] if dual else inputs[~held_out]
+    across = inputs[held_out][:, ~held_out] if dual else inputs[held_out]
+    fitted = system(fit, targets[~held_out])
+    errors = torch.stack([(across @ solve(*fitted, penalty) - targets[held_out]).square().sum(0)
                           for penalty in RIDGE_PENALTIES])  # (penalties, k)
     best = (errors.sum(1, keepdim=True).expand_as(errors) if together else errors).argmin(0)
-    coefficients = torch.empty_like(targets)
+    matrix, right = system(inputs, targets)
+    weights = torch.empty_like(right)
     for which in best.unique().tolist():
         chosen = best == which
-        coefficients[:, chosen] = solve(kernel, targets, RIDGE_PENALTIES[which])[:, chosen]
-    return coefficients
+        weights[:, chosen] = solve(matrix, right[:, chosen], RIDGE_PENALTIES[which])
+    return weights
 
 
 def regress(held_out, train, targets, device, together=False):
     """Ridge regression from blocks of inputs and, if there are two, all products of the one with the other. train: a
-    list of (N, D); targets (N, k). Returns a function: a list of (M, D) -> predictions (M, k) float32 on the CPU.
+    list of (N, D); targets (N, k). Returns a function: a list of (M, D) -> predictions (M, k) float32 on the CPU. Of
+    two blocks the first may have M / r rows, each of which stands for r in a row.
 
     The kernel of [a, b, a x b] is the product of two linear kernels, (1 + a.a' / D) (1 + b.b' / D'), so the inputs
-    themselves, N x (D + 1) (D' + 1), are never made."""
+    themselves, N x (D + 1) (D' + 1), are never made. One block of no more than N numbers, [1, a / D^0.5], takes no
+    kernel."""
     scales = [standardizer(block) for block in train]
-    train = [scaled(block).to(device) for scaled, block in zip(scales, train, strict=True)]
+
+    def inputs(blocks, dtype=torch.float32):
+        return [nn.functional.pad(scaled(block).to(device, dtype) / block.shape[1]**0.5, (1, 0), value=1)
+                for scaled, block in zip(scales, blocks, strict=True)]
 
     def kernel(rows, columns):
-        products = 1
-        for a, b in zip(rows, columns, strict=True):
-            products = products * (1 + a @ b.T / a.shape[1])
-        return products
+        product, *others = (a @ b.T for a, b in zip(rows, columns, strict=True))
+        for other in others:
+            product = product.repeat_interleave(len(other) // len(product), 0).mul_(other)
+        return product
 
-    exact = [block.double() for block in train]
+    train, dual = inputs(train, torch.float64), len(train) == 2 or train[0].shape[1] > len(train[0])
     targets = targets.double().to(device)
     mean = targets.mean(0)
-    dual = ridge(kernel(exact, exact), targets - mean, held_out.to(device), together).float()
+    weights = ridge(kernel(train, train) if dual else train[0], targets - mean, held_out.to(device), together, dual)
+    weights, mean, train = weights.float(), mean.float(), [block.float() for block in train]
 
     def predict(blocks):
-        parts = zip(*(scaled(block).split(1000) for scaled, block in zip(scales, blocks, strict=True)), strict=True)
-        return torch.cat([(kernel([block.to(device) for block in part], train) @ dual + mean.float()).cpu()
-                          for part in parts])
+        at_once = max(1, 1000 * len(blocks[0]) // len(blocks[-1]))
+        parts = zip(*(block.split(at_once * len(block) // len(blocks[0])) for block in blocks), strict=True)
+        return torch.cat([((kernel(rows, train) if dual else rows[0]) @ weights + mean).cpu()
+                          for rows in map(inputs, parts)])
 
     return predict
 
@@ -242,27 +263,32 @@ def regress(held_out, train, targets, device, together=False):
 def predict_targets(data, train, test, device):
     """How well `regress` tells the transformations of an `EvaluationSet` from blocks of features, train and test.
 
-    Returns {(name, measure): interval}: accuracy of the rotation, the largest of its four outputs; of all else the
-    squared error, summed over its numbers, and R2 = 1 - squared error / that of the training mean."""
+    Returns {(name, measure): interval}: accuracy of the rotation and of the kind, the largest of its outputs; of all
+    else the squared error, summed over its numbers, and R2 = 1 - squared error / that of the training mean; and of
+    GROUPS the MSE, the squared error's mean over its numbers."""
     known, truth = (targets.double() for targets in data.joined_targets())
     predicted = regress(data.held_out, train, known, device)(test).double()
-    widths, measured = [values.shape[1] for values in data.train_targets.values()], {}
-    columns = (values.split(widths, -1) for values in (predicted, truth, known.mean(0)))
-    for name, guess, answer, mean in zip(data.train_targets, *columns, strict=True):
-        if name == "rotation":
+    widths, measured, errors = {name: values.shape[1] for name, values in data.train_targets.items()}, {}, {}
+    columns = (values.split(list(widths.values()), -1) for values in (predicted, truth, known.mean(0)))
+    for name, guess, answer, mean in zip(widths, *columns, strict=True):
+        if name in ("rotation", "kind"):
             right = data.per_image_sum(guess.argmax(1) == answer.argmax(1)) / data.per_image
             measured[name, "accuracy"] = data.mean(right)
             continue
-        error = data.per_image_sum((guess - answer).square().sum(1))
+        errors[name] = error = data.per_image_sum((guess - answer).square().sum(1))
         total = data.per_image_sum((answer - mean).square().sum(1))
         measured[name, "squared error"] = data.mean(error, per=data.per_image)
         measured[name, "R2"] = data.with_interval(lambda w, error=error, total=total: 1 - w @ error / (w @ total))
+    for group, names in GROUPS.items():
+        if errors.keys() >= set(names):
+            numbers = data.per_image * sum(widths[name] for name in names)
+            measured[group, "MSE"] = data.mean(sum(errors[name] for name in names), per=numbers)
     return measured
 
 
 def ridge_map(data, x, tx, device):
     """An equivariant map for methods that have none: predicts f(t(x)) from f(x) and t. x, tx (N, D): the features of
-    the training pairs. Returns a function: features (M, D) and targets (M, k) -> (M, D).
+    the training pairs. Returns a function: features (M / r, D), see `regress`, and targets (M, k) -> (M, D).
 
     It is linear in the feature, and its matrix and its offset are affine in the targets: a ridge regression from f, t
     and all products of the two. f and t alone would not do: such a map adds the same offset to every image, while an
@@ -329,22 +355,31 @@ def rank_distribution(predicted, candidates, tie=1e-9):
     """How likely each rank is for the true candidate of each query. predicted, candidates (n, T, D): query j of an
     image is compared by cosine with the T candidates of that image, of which the j-th is the true one. Candidates as
     near as the true one are ordered at random, so that a representation that does not change with t scores as chance
-    does. Returns (n, T, T) float64, probabilities of the ranks 1 to T for each query."""
-    ranks, outcome = torch.arange(1, predicted.shape[1] + 1), []
+    does. Returns two of (n, T, T) float64, for each query: the probabilities of the ranks 1 to T, and of each candidate
+    that it is ranked first."""
+    ranks, outcome, first = torch.arange(1, predicted.shape[1] + 1), [], []
     for guess, truth in zip(predicted.split(20), candidates.split(20), strict=True):
         guess, truth = (nn.functional.normalize(values.double(), dim=2) for values in (guess, truth))
         cosine = guess @ truth.mT  # (20, queries, candidates)
         ahead = cosine - cosine.diagonal(dim1=1, dim2=2)[..., None]
         nearer, tied = (ahead > tie).sum(2, keepdim=True), (ahead.abs() <= tie).sum(2, keepdim=True)  # itself as well
         outcome.append(((ranks > nearer) & (ranks <= nearer + tied)).double() / tied)
-    return torch.cat(outcome)
+        nearest = (cosine >= cosine.amax(2, keepdim=True) - tie).double()
+        first.append(nearest / nearest.sum(2, keepdim=True))
+    return torch.cat(outcome), torch.cat(first)
 
 
 def retrieval(data, predicted, candidates):
-    """{measure: (n,)}, MRR, H@1 and H@5 of each image, and the share of each rank, a list of T."""
-    by_image = rank_distribution(predicted, candidates).mean(1)  # (n, T)
-    ranks = torch.arange(1, data.per_image + 1)
-    scores = {"MRR": by_image @ (1 / ranks.double()), "H@1": by_image[:, 0], "H@5": by_image[:, :5].sum(1)}
+    """{measure: (n,)}, MRR, H@1, H@5 and PRE of each image, and the share of each rank, a list of T. PRE is the mean
+    squared error between the numbers that describe the transformation ranked first and those of the true one (STL's
+    Table 6), each in units of its variance over the training pairs: by chance some 2 (1 - 1 / T)."""
+    by_rank, first = rank_distribution(predicted, candidates)
+    by_image, ranks = by_rank.mean(1), torch.arange(1, data.per_image + 1)  # (n, T)
+    known, told = data.joined_targets()
+    numbers = standardizer(known)(told).double().unflatten(0, (data.n, -1))
+    apart = torch.cdist(numbers, numbers).square() / numbers.shape[2]  # (n, T, T)
+    scores = {"MRR": by_image @ (1 / ranks.double()), "H@1": by_image[:, 0], "H@5": by_image[:, :5].sum(1),
+              "PRE": (first * apart).sum(2).mean(1)}
     return scores, [round(share, 6) for share in by_image.mean(0).tolist()]
 
 
@@ -397,8 +432,8 @@ def composition(data, act, x, by_map, features, twice=None):
 # ------------------------------------------------------------------------------------- maps that a method has learned
 #
 # A function of (checkpoint, path) that returns the encoder whose features of t(x) the map predicts, None for the
-# checkpoint's own, and predict(data, x, tx): test features (n, D) and (n * T, D) -> (name, predicted, candidates) of
-# each map, (n, T, D) both.
+# checkpoint's own; predict(data, x, tx): test features (n, D) and (n * T, D) -> (name, predicted, candidates) of each
+# map, (n, T, D) both; and what reads a code of t off the features of x and t(x), (N, D) each, or None.
 
 
 def barber_agakov_map(checkpoint, path):
@@ -419,7 +454,7 @@ def barber_agakov_map(checkpoint, path):
         predicted, candidates = (rows.unflatten(0, (data.n, -1)) for rows in (model.decoder(inputs), z))
         yield "decoder of z and t" if model.steerable else "decoder, which never sees t", predicted, candidates
 
-    return model.phase_one, predict
+    return model.phase_one, predict, None
 
 
 def labels_from_targets(targets, groups):
@@ -460,7 +495,8 @@ def hypernetwork_map(checkpoint, path):
                      for values in (predicted, candidates))
         yield "hypernetwork, projected", *projected
 
-    return None, predict
+    reads = model.transformation_encoder is not None and model.code != "labels"
+    return None, predict, model.encode_transformation if reads else None
 
 
 LEARNED_MAPS = {"vte_ba": barber_agakov_map, "stl": hypernetwork_map}  # by how the method's name begins
@@ -515,14 +551,14 @@ def fit_maps(data, x, tx, test_x, device):
     (known, told), shape = data.joined_targets(), (data.n, data.per_image)
     act = ridge_map(data, x, tx, device)
     by_t = regress(data.held_out, [known], tx, device, together=True)([told])
-    return act, act(test_x[data.test_index], told).unflatten(0, shape), by_t.unflatten(0, shape)
+    return act, act(test_x, told).unflatten(0, shape), by_t.unflatten(0, shape)
 
 
 @torch.no_grad()
 def measure(data, original, transformed, twice, learned, device):
     """All measures of one row, dicts with measure, value, low and high. original, transformed: representations of x,
     (M, D) and (n, D), and of t(x), (N, D) and (n * T, D). twice: that of t2(t1(x)) for `composition`, or None. learned:
-    pairs of a learned map's `predict` and the test features (n * T, D) that it is to predict."""
+    of learned maps `predict`, what reads the code, and the test features (n * T, D) that `predict` is to predict."""
     x, test_x = original.draw("train")[data.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
     candidates = test_tx.unflatten(0, (data.n, data.per_image))
@@ -531,14 +567,15 @@ def measure(data, original, transformed, twice, learned, device):
     noise = data.per_image_sum(logvar.exp().sum(1)) / data.per_image
     rows = [{"measure": "share", "part": part, **interval} for part, interval
             in variance_shares(data, candidates, by_map, by_t, noise).items()]
-    for source, blocks in {"x and t(x)": [[x, tx], [test_x[data.test_index], test_tx]],
-                           "t(x)": [[tx], [test_tx]]}.items():
-        rows += [{"measure": name, "target": target, "from": source, **interval} for (target, name), interval
-                 in predict_targets(data, *blocks, device).items()]
+    sources = [({"from": "x and t(x)"}, [x, tx], [test_x, test_tx]), ({"from": "t(x)"}, [tx], [test_tx]),
+               *(({"from": "x and t(x)", "map": "code of t"}, [read(x, tx)], [read(test_x[data.test_index], test_tx)])
+                 for _, read, _ in learned if read)]
+    rows += [{"measure": name, "target": target, **source, **interval} for source, *blocks in sources
+             for (target, name), interval in predict_targets(data, *blocks, device).items()]
     maps = [("ridge", by_map, candidates), ("t alone", by_t, candidates)]
     if transformed.sampled:  # what a perfect map would predict: all but the noise
         maps.append(("ceiling, mu of t(x)", transformed.mu["test"].unflatten(0, candidates.shape[:2]), candidates))
-    for predict, wanted in learned:
+    for predict, _, wanted in learned:
         maps += predict(data, test_x, wanted)
     scores = {}
     for name, predicted, wanted in maps:
@@ -546,7 +583,7 @@ def measure(data, original, transformed, twice, learned, device):
         rows += [{"measure": score, "map": name, **data.mean(values)} for score, values in scores[name].items()]
         rows[-len(scores[name])]["ranks"] = shares
     rows += [{"measure": f"excess {score}", "map": "ridge", **data.mean(values - scores["t alone"][score])}
-             for score, values in scores["ridge"].items()]
+             for score, values in scores["ridge"].items() if score != "PRE"]
     if twice or data.every:
         measured = composition(data, act, test_x, by_map, candidates, twice and twice.draw("test"))
         rows += [{"measure": name, "map": "ridge", **interval} for name, interval in measured.items()]
@@ -583,11 +620,11 @@ def probe_equivariance(args, device):
             splits.append(2 * (of(test_images, data.test_index, data.apply_twice),))
         return splits
 
-    def measured(data, name, method, x, tx, twice=None, predict=None, wanted=None):
+    def measured(data, name, method, x, tx, twice=None, maps=(None, None), wanted=None):
         for kind in [None] if x[0][1] is None else ["sample", "mu"]:
             torch.manual_seed(args.seed)
             represented = [splits and Representation(name, method, kind, *splits) for splits in (x, tx, twice)]
-            learned = [(predict, Representation(name, method, kind, wanted, wanted).draw("test"))] if predict else []
+            learned = [(*maps, Representation(name, method, kind, wanted, wanted).draw("test"))] if maps[0] else []
             row = described(data, name, method, kind)
             yield from ({**row, **found} for found in measure(data, *represented, learned, device))
 
@@ -626,12 +663,12 @@ def probe_equivariance(args, device):
             method, config = checkpoint["method"], checkpoint["config"]
             load = next((load for begin, load in LEARNED_MAPS.items() if method.startswith(begin)), None)
             exported = checkpoint["model"] is checkpoint["encoder"]  # without the map
-            target_encoder, predict = load(checkpoint, path) if load and not exported else (None, None)
+            target_encoder, *maps = load(checkpoint, path) if load and not exported else (None, None, None)
             x, tx, *twice = encoded(data, encoder, config)
             wanted = tx[1]
             if target_encoder:
                 wanted = features(target_encoder, config, test_images, data.test_index, data.test_apply)
-            rows += measured(data, name, method, x, tx, *twice, predict=predict, wanted=wanted)
+            rows += measured(data, name, method, x, tx, *twice, maps=maps, wanted=wanted)
             rows += layers(data, name, method, encoder, config)
         if args.rows == "checkpoints":
             continue
@@ -654,8 +691,8 @@ def probe_equivariance(args, device):
         *explain_features(rows),
         "shares of the variance of f(t(x)): invariant stays when t changes; equivariant changes, and is predicted from "
         "f(x) and t; of that a part from t alone, the same for all images; the rest is unexplained; the three sum to 1",
-        "prediction: from the features of x and t(x) and their products, without which the two cannot be compared, or "
-        "of t(x) alone; R² of 1 is perfect, of 0 the training mean",
+        "prediction: from the features of x and t(x) and their products, without which the two cannot be compared, of "
+        "t(x) alone, or from the method's code of t; R² of 1 is perfect, of 0 the training mean",
         "MRR, H@1: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
         "same image; by a ridge regression on f(x), t and their products, or (its ...) by the method's own map; excess "
         "H@1: over that of a ridge regression on t alone",
@@ -686,7 +723,7 @@ def column(row):
     """The heading under which a row's value stands; None for what only --json tells."""
     if row["measure"] == "share":
         return None if row["part"] in ("image by image", "noise of sigma") else row["part"]
-    if (row.get("map") == "t alone" or row["measure"] in ("excess MRR", "excess H@5")
+    if (row.get("map") == "t alone" or row["measure"] in ("excess MRR", "excess H@5", "MSE", "PRE")
             or row.get("from") == "x and t(x), no products"):  # in older files
         return None
     alone = ALONE if row.get("from") == "t(x)" else ""
@@ -711,7 +748,7 @@ def make_tables(rows, errors):
     tables = []
     for family in dict.fromkeys(row["transformations"] for row in rows):
         per_image = next(row["per_image"] for row in rows if row["transformations"] == family)
-        nothing = {"rotation": 0.25, "H@1": 1 / per_image, "excess H@1": 0.0,
+        nothing = {"rotation": 0.25, "kind": 1 / len(SINGLE), "H@1": 1 / per_image, "excess H@1": 0.0,
                    "MRR": sum(1 / rank for rank in range(1, per_image + 1)) / per_image}
         for key, title in QUESTIONS.items():
             found = [(column(row).removesuffix(ALONE), row) for row in rows
@@ -742,8 +779,8 @@ def parse_args():
                                "python equivariance.py pt.ckpt vte_ba.ckpt --json equivariance.json")
     add = parser.add_argument_group("equivariance").add_argument
     add("--transformations", nargs="+", choices=list(FAMILIES),
-        help="to measure all checkpoints under; rotation: by quarter turns (default: projective, and for STL crop and "
-        "colour too)")
+        help="to measure all checkpoints under; rotation: by quarter turns; single: a crop or one adjustment of colour "
+        "(default: projective, and for STL crop and colour too)")
     add("--border", choices=["grey", "reflect", "inside"], default="grey",
         help="what a transformed image shows outside of x: grey, as in training, which gives t away; x reflected; or "
         "nothing, each t being followed by the same zoom into what is always inside (x itself is whole); crops and "

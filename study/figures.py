@@ -55,7 +55,7 @@ SHARES = {  # of the variance of f(t(x)), as `equivariance.variance_shares` name
     "image by image": ("equivariant, image by image: follows from f(x) and t", "#E69F00"),
     "unexplained": ("changes with t, unexplained", "#BBBBBB"),
     "noise of sigma": ("noise of σ", "#666666")}
-TRANSFORMATIONS = ["projective", "rotation", "scale", "translation", "crop", "colour", "crop+colour"]
+TRANSFORMATIONS = ["projective", "rotation", "scale", "translation", "crop", "colour", "crop+colour", "single"]
 MARKERS = {"random encoder": "s", "raw pixels": "X"}
 
 
@@ -146,9 +146,18 @@ def single_transformations(kind, n, size, generator):
     return parameters, {kind: value}
 
 
+def matrix_points(codes, weight):
+    """Codes (N, 128) and the weight (512, 512, 128) of stl.Hypernetwork -> points (N, 128) float64 that lie as far from
+    each other as the matrices W(y_t), (N, 512, 512), which are not made. W is linear in the code, so <W(y), W(y')> =
+    y' G y, with G (128, 128) the Gram matrix of the weight, and the points are the codes times G^0.5."""
+    flat = weight.detach().flatten(0, 1)
+    values, vectors = torch.linalg.eigh((flat.T @ flat).double())
+    return codes.double() @ vectors * values.clamp(min=0).sqrt()  # but for a rotation
+
+
 def transformation_codes(path, n, data_dir, seed):
-    """Codes (5 n, 128) of pairs of a held-out image and the same transformed, the kind of each (0 to 4), and {strength:
-    values, NaN where it is of another kind}."""
+    """Codes (5 n, 128) of pairs of a held-out image and the same transformed, their `matrix_points`, None without a
+    hypernetwork, the kind of each (0 to 4), and {strength: values, NaN where it is of another kind}."""
     from stl import load_stl
 
     model, checkpoint = load_stl(path)
@@ -173,32 +182,38 @@ def transformation_codes(path, n, data_dir, seed):
         for name, value in values.items():
             strengths[name] = torch.full((len(CODE_KINDS) * n,), torch.nan)
             strengths[name][number * n : (number + 1) * n] = value
-    return torch.cat(codes).numpy(), np.array(kinds), {name: value.numpy() for name, value in strengths.items()}
+    codes, strengths = torch.cat(codes), {name: value.numpy() for name, value in strengths.items()}
+    points = model.hypernetwork and matrix_points(codes, model.hypernetwork.weight).numpy()
+    return codes.numpy(), points, np.array(kinds), strengths
 
 
 def draw_codes(args):
-    """t-SNE of the transformation codes of held-out pairs, coloured by the kind of transformation, and by how strong it
-    is (STL Figures 1 and 4)."""
+    """t-SNE of the transformation codes of held-out pairs, by cosine, and of the matrices W(t) that the hypernetwork
+    makes of them, by distance, coloured by the kind of transformation, and by how strong it is (STL Figures 1 and
+    4)."""
     from sklearn.manifold import TSNE
 
-    codes, kinds, strengths = transformation_codes(args.checkpoint, args.pairs, args.data_dir, args.seed)
-    perplexity = min(30, len(codes) // 4)
-    at = TSNE(perplexity=perplexity, init="pca", random_state=args.seed, metric="cosine").fit_transform(codes)
-    figure, axes = plt.subplots(2, 4, figsize=(12, 6.2))
-    first, *others = axes.flat
-    for number, kind in enumerate(CODE_KINDS):
-        first.scatter(*at[kinds == number].T, s=5, label=kind)
-    first.legend(fontsize=8, markerscale=2, loc="best")
-    first.set_title("kind of transformation", fontsize=10)
-    for axis, (name, values) in zip(others, strengths.items(), strict=True):
-        of_kind = np.isfinite(values)
-        axis.scatter(*at[~of_kind].T, s=1, color="lightgrey")
-        shown = axis.scatter(*at[of_kind].T, s=6, c=values[of_kind], cmap="coolwarm")
-        figure.colorbar(shown, ax=axis, shrink=0.8)
-        axis.set_title(name, fontsize=10)
-    for axis in axes.flat:
-        axis.set_xticks([]), axis.set_yticks([])
-    figure.tight_layout()
+    codes, points, kinds, strengths = transformation_codes(args.checkpoint, args.pairs, args.data_dir, args.seed)
+    halves = [("codes of t", codes, "cosine"), ("matrices W(t)", points, "euclidean")][: 1 if points is None else 2]
+    figure = plt.figure(figsize=(6.2 * len(halves), 11.5), layout="constrained")
+    for half, (title, values, metric) in zip(figure.subfigures(1, len(halves), squeeze=False)[0], halves, strict=True):
+        at = TSNE(perplexity=min(30, len(codes) // 4), init="pca", random_state=args.seed,
+                  metric=metric).fit_transform(values)
+        half.suptitle(title, fontsize=14)
+        axes = half.subplots(4, 2)
+        first, *others = axes.flat
+        for number, kind in enumerate(CODE_KINDS):
+            first.scatter(*at[kinds == number].T, s=5, label=kind)
+        first.set_title("kind of transformation")
+        for axis, (name, strength) in zip(others, strengths.items(), strict=True):
+            of_kind = np.isfinite(strength)
+            axis.scatter(*at[~of_kind].T, s=1, color="lightgrey")
+            shown = axis.scatter(*at[of_kind].T, s=6, c=strength[of_kind], cmap="coolwarm")
+            half.colorbar(shown, ax=axis, shrink=0.8)
+            axis.set_title(name)
+        for axis in axes.flat:
+            axis.set_xticks([]), axis.set_yticks([])
+    figure.legend(*first.get_legend_handles_labels(), markerscale=3, loc="outside lower center", ncols=len(CODE_KINDS))
     save(figure, args.output)
 
 
@@ -434,7 +449,7 @@ def parse_args():
 
     add = picture("curves", draw_curves, "training curves of one or more logs, side by side")
     add("logs", nargs="+", metavar="LOG", help="the .jsonl beside a checkpoint")
-    add = picture("codes", draw_codes, "t-SNE of STL's transformation codes, by kind and by strength")
+    add = picture("codes", draw_codes, "t-SNE of STL's transformation codes and matrices, by kind and by strength")
     add("checkpoint", metavar="CKPT", help="of stl.py; its own data set's test images are used")
     add("--pairs", type=positive_int, default=400, help="of each kind of transformation")
     drawn_from_data(add, "images, transformations and t-SNE")

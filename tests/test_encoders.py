@@ -98,7 +98,7 @@ def test_a_function_in_a_file_is_measured_as_what_it_returns(folder, monkeypatch
     rows += evaluate(probe, monkeypatch, "nets.py:pixels", *DIGITS, "--train-sizes", 100, "--classifiers", "knn")
     found, pixels = ([{name: value for name, value in row.items() if name not in ("method", "checkpoint")}
                       for row in rows if row["method"] == method] for method in ("pixels", "raw pixels"))
-    assert found == pixels and len(found) == 20
+    assert found == pixels and len(found) == 22
     assert {row["checkpoint"] for row in rows if row["method"] == "pixels"} == {"nets.py:pixels"}
     assert any(row["method"] == "random encoder (nin)" for row in rows)  # untrained, beside it
 

@@ -340,16 +340,20 @@ def test_two_transformations_in_turn_are_the_product_of_their_maps():
 # --------------------------------------------------------------------------------------------------------- retrieval
 
 
-def literal_scores(predicted, candidates):
-    """MRR, H@1, H@5, query after query; candidates equally near to the prediction take each order equally often."""
-    ranks = []
-    for guesses, truths in zip(predicted.double().numpy(), candidates.double().numpy(), strict=True):
+def literal_scores(data, predicted, candidates):
+    """MRR, H@1, H@5, PRE, query after query; candidates equally near to the prediction take all orders alike."""
+    ranks, apart = [], []
+    known, told = (targets.double().numpy() for targets in data.joined_targets())
+    told = (told / known.std(0, ddof=1)).reshape(*candidates.shape[:2], -1)
+    for guesses, truths, t in zip(predicted.double().numpy(), candidates.double().numpy(), told, strict=True):
         for j, guess in enumerate(guesses):
             cosine = [guess @ truth / np.linalg.norm(guess) / np.linalg.norm(truth) for truth in truths]
             nearer = sum(c > cosine[j] + 1e-9 for c in cosine)
             tied = sum(abs(c - cosine[j]) <= 1e-9 for c in cosine)
             ranks.append([nearer + place for place in range(1, tied + 1)])
-    return {"MRR": np.mean([np.mean([1 / rank for rank in of]) for of in ranks]),
+            first = [i for i, c in enumerate(cosine) if c >= max(cosine) - 1e-9]
+            apart.append(np.mean([np.mean((t[i] - t[j]) ** 2) for i in first]))
+    return {"PRE": np.mean(apart), "MRR": np.mean([np.mean([1 / rank for rank in of]) for of in ranks]),
             "H@1": np.mean([np.mean([rank <= 1 for rank in of]) for of in ranks]),
             "H@5": np.mean([np.mean([rank <= 5 for rank in of]) for of in ranks])}
 
@@ -362,8 +366,8 @@ def test_retrieval_is_its_literal_form_with_ties(closeness):
     candidates[::2, 4:9] = 2 * candidates[::2, :1]  # as near as each other, whatever their length
     predicted = noise(24, PER_IMAGE, 5, seed=2) + closeness * candidates
     measured, shares = equivariance.retrieval(data, predicted, candidates)
-    for name, expected in literal_scores(predicted, candidates).items():
-        assert measured[name].mean().item() == pytest.approx(expected, abs=1e-9)
+    for name, expected in literal_scores(data, predicted, candidates).items():
+        assert measured[name].mean().item() == pytest.approx(expected, abs=1e-5 if name == "PRE" else 1e-9)
     assert sum(shares) == pytest.approx(1, abs=1e-5) and len(shares) == PER_IMAGE
 
 
@@ -377,13 +381,25 @@ def test_chance_of_60_is_what_a_random_and_a_constant_map_score():
         for name, chance in exact.items():
             assert measured[name].mean().item() == pytest.approx(chance, abs=tolerance)
         assert shares == pytest.approx([1 / 60] * 60, abs=max(tolerance, 1e-6))  # rounded to six digits
+        assert measured["PRE"].mean().item() == pytest.approx(2 * 59 / 60, abs=0.1)
 
 
 def test_ranks_are_of_the_own_image_s_candidates():
     """Perfect predictions are first, those of the next image are not."""
     candidates = noise(6, 10, 32)
-    assert rank_distribution(3 * candidates, candidates)[:, :, 0].eq(1).all()
-    assert rank_distribution(candidates.roll(1, 0), candidates)[:, :, 0].mean() < 0.3
+    assert rank_distribution(3 * candidates, candidates)[0][:, :, 0].eq(1).all()
+    assert rank_distribution(candidates.roll(1, 0), candidates)[0][:, :, 0].mean() < 0.3
+
+
+def test_pre_is_how_far_the_transformation_ranked_first_is_from_the_true_one():
+    """None where it is the true one; where it is always the next, of numbers 0, 1, 2, ..., one step, and back once."""
+    data = evaluation_set("scale", test_images=6, per_image=10)
+    told = torch.arange(10.0).repeat(6)[:, None]
+    data.joined_targets = lambda: (3 * torch.tensor([[-1.0], [0], [1]]), told)  # of standard deviation 3
+    candidates = noise(6, 10, 32)
+    for predicted, expected in ((candidates, 0), (candidates.roll(-1, 1), (9 * 1 + 81) / 10 / 9)):
+        measured, _ = equivariance.retrieval(data, predicted, candidates)
+        assert measured["PRE"].tolist() == pytest.approx([expected] * 6, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------- ridge regression
@@ -399,10 +415,11 @@ def test_ridge_is_scikit_learn_s_with_the_penalty_that_validates_best():
     best = errors.argmin(0)
     assert best[0] < best[2]  # a column that follows from x, and pure noise
     for together, chosen in ((False, best), (True, errors.sum(1).argmin().expand(3))):
-        weights = x.T @ ridge(x @ x.T, y, held_out, together)
-        for column, number in enumerate(chosen.tolist()):
-            reference = Ridge(equivariance.RIDGE_PENALTIES[number] * unit, fit_intercept=False).fit(x, y[:, column])
-            assert weights[:, column].numpy() == pytest.approx(reference.coef_, abs=1e-8)
+        of_kernel = x.T @ ridge(x @ x.T, y, held_out, together, dual=True)
+        for weights in (of_kernel, ridge(x, y, held_out, together)):
+            for column, number in enumerate(chosen.tolist()):
+                reference = Ridge(equivariance.RIDGE_PENALTIES[number] * unit, fit_intercept=False).fit(x, y[:, column])
+                assert weights[:, column].numpy() == pytest.approx(reference.coef_, abs=1e-8)
 
 
 def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_transformation(monkeypatch):
@@ -423,8 +440,21 @@ def test_the_fitted_map_is_ridge_regression_on_all_products_of_feature_and_trans
     penalty = 0.1 * inputs.square().sum(1).mean().item()
     literal = Ridge(penalty, fit_intercept=False).fit(inputs, (tx - tx.mean(0)).double())
     expected = literal.predict(products(test_x[data.test_index], test_d)) + tx.mean(0).numpy()
-    found = ridge_map(data, x, tx, CPU)(test_x[data.test_index], test_targets)
-    assert found.numpy() == pytest.approx(expected, abs=1e-4)
+    act = ridge_map(data, x, tx, CPU)
+    for features in (test_x[data.test_index], test_x):  # each image's, for all of its transformations
+        assert act(features, test_targets).numpy() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("width", [4, 300])
+def test_one_block_is_ridge_regression_from_it_however_wide(monkeypatch, width):
+    monkeypatch.setattr(equivariance, "RIDGE_PENALTIES", [0.1])
+    train, test, targets = noise(100, width), noise(30, width, seed=2), noise(100, 3, seed=3)
+    inputs, test_inputs = (torch.cat([torch.ones(len(of), 1), standardizer(train)(of) / math.sqrt(width)], 1).double()
+                           for of in (train, test))
+    penalty = 0.1 * inputs.square().sum(1).mean().item()
+    literal = Ridge(penalty, fit_intercept=False).fit(inputs, (targets - targets.mean(0)).double())
+    found = equivariance.regress(torch.arange(100) < 20, [train], targets, CPU)([test])
+    assert found.numpy() == pytest.approx(literal.predict(test_inputs) + targets.mean(0).numpy(), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- intervals, movement
@@ -455,6 +485,36 @@ def test_r2_and_its_error_are_their_definitions():
     assert measured["hue", "R2"]["value"] == pytest.approx(1 - error / total, abs=1e-9)
     assert 0.1 < measured["hue", "R2"]["value"] < 0.5  # the signal's variance is 1/3, the noise's 1: 0.25
     assert measured["hue", "R2"]["low"] < measured["hue", "R2"]["value"] < measured["hue", "R2"]["high"]
+
+
+def test_the_mse_of_a_group_is_the_mean_over_its_numbers():
+    """Of features that say nothing: that of the training mean."""
+    data = evaluation_set("crop+colour", test_images=20)
+    measured = equivariance.predict_targets(data, [torch.zeros(500, 2)], [torch.zeros(400, 2)], CPU)
+    known, truth = (targets.double().numpy() for targets in data.joined_targets())  # 4 of a crop, 4 of the colours
+    errors = ((truth - known.mean(0)) ** 2).mean(0)
+    for group, columns in (("crop", slice(4)), ("colour", slice(4, 8)), ("all", slice(8))):
+        assert measured[group, "MSE"]["value"] == pytest.approx(errors[columns].mean(), abs=1e-6)
+    assert ("colour", "MSE") not in equivariance.predict_targets(
+        evaluation_set("crop"), [noise(500, 2)], [noise(800, 2)], CPU)
+
+
+def test_the_kind_is_told_by_features_that_hold_it_and_guessed_from_noise():
+    """f(t(x)) is f(x) plus the kind: a code that takes the difference tells it exactly."""
+    data = evaluation_set("single")
+    content, kinds = (noise(500, 5), noise(40, 5, seed=2)), (data.train_targets["kind"], data.test_targets["kind"])
+    indices = data.train_index, data.test_index
+    held = [torch.cat([of[index], kind], 1) for of, index, kind in zip(content, indices, kinds, strict=True)]
+    rows = scores(data, [torch.cat([of, 0 * of], 1) for of in content], held)
+    assert value(rows, "accuracy", "kind") == value(rows, "accuracy", "kind", "t(x)") == 1
+    guessed = equivariance.predict_targets(data, [noise(500, 16)], [noise(800, 16, seed=2)], CPU)["kind", "accuracy"]
+    assert guessed["value"] == pytest.approx(0.2, abs=0.07)
+
+    added = [of[index] + kind for of, index, kind in zip(content, indices, kinds, strict=True)]
+    represented = (Representation("a", "planted", None, *((of, None) for of in both)) for both in (content, added))
+    rows = measure(data, *represented, None, [(lambda *_: [], lambda x, tx: tx - x, None)], CPU)
+    accuracy = {(row["from"], row.get("map")): row["value"] for row in rows if row["measure"] == "accuracy"}
+    assert accuracy["x and t(x)", "code of t"] == 1 and accuracy["t(x)", None] < 0.6
 
 
 def test_movement_is_its_literal_form():
@@ -498,9 +558,8 @@ def test_the_targets_of_a_projective_map_are_its_geometry():
 def test_the_views_are_of_the_transformations_that_the_targets_describe(family):
     """Two images that follow each other share theirs, pixels follow the targets, and x itself is untouched."""
     data = evaluation_set(family, test_images=6, per_image=10)
-    for values in data.test_targets.values():
-        by_pair = values.view(3, 2, data.per_image, -1)
-        assert torch.equal(by_pair[:, 0], by_pair[:, 1]) and torch.equal(by_pair[0], by_pair[1]) == data.every
+    by_pair = data.joined_targets()[1].view(3, 2, data.per_image, -1)
+    assert torch.equal(by_pair[:, 0], by_pair[:, 1]) and torch.equal(by_pair[0], by_pair[1]) == data.every
     images = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images[1] = images[0]
     flat, none = torch.nn.Flatten(), ((0.0,) * 3, (1 / 255,) * 3)  # grey levels as they are
@@ -531,6 +590,11 @@ def test_the_views_are_of_the_transformations_that_the_targets_describe(family):
         assert torch.corrcoef(torch.stack([brighter, data.test_targets["brightness"][20:30, 0]]))[0, 1] > 0.8
     else:
         assert set(data.test_targets) >= {"crop position", "crop size"} and data.test_targets["crop size"].max() <= 1
+        if family == "single":  # the crop is whole unless it is the kind, and each adjustment nothing
+            changed = torch.cat([data.test_targets[name] for name in equivariance.COLOURS], 1) != 0
+            assert torch.equal(changed, data.test_targets["kind"][:, 1:] > 0)
+            whole = data.test_targets["crop size"].eq(1).all(1)
+            assert whole[data.test_targets["kind"][:, 0] == 0].all() and not whole.all()
 
 
 def views_of(images, family, border, n=200, fill=128.0):
@@ -604,9 +668,9 @@ def small_stl():
 def test_the_decoder_s_prediction_is_of_phase_one_and_chance_unless_it_sees_t(tmp_path, steerable):
     data, model = evaluation_set(test_images=10, size=8), barber_agakov(steerable)
     checkpoint = save(tmp_path / "ba.ckpt", "vte_ba", model, steerable=steerable)
-    target, predict = equivariance.barber_agakov_map(checkpoint, "ba.ckpt")
+    target, predict, read = equivariance.barber_agakov_map(checkpoint, "ba.ckpt")
     images = torch.rand(3, 3, 8, 8)
-    assert torch.equal(target(images)[0], model.phase_one(images)[0])
+    assert read is None and torch.equal(target(images)[0], model.phase_one(images)[0])
     x, z = noise(10, 512), noise(10 * PER_IMAGE, 512, seed=2)
     ((name, predicted, candidates),) = predict(data, x, z)
     assert torch.equal(candidates[3, 4], z[3 * PER_IMAGE + 4])
@@ -625,12 +689,13 @@ def test_the_hypernetwork_takes_the_code_from_the_other_image(tmp_path):
     data, model = evaluation_set("crop", test_images=10, size=8), small_stl()
     checkpoint = save(tmp_path / "stl.ckpt", "stl", model, preset="code", inv=1.0, equi=1.0, trans=0.1,
                       probabilistic=False)
-    target, predict = equivariance.hypernetwork_map(checkpoint, tmp_path / "stl.ckpt")
+    target, predict, read = equivariance.hypernetwork_map(checkpoint, tmp_path / "stl.ckpt")
     x, tx = noise(10, 512), noise(10 * PER_IMAGE, 512, seed=2)
     (name, predicted, candidates), (projected, after, goal) = predict(data, x, tx)
     assert target is None and (name, projected) == ("hypernetwork", "hypernetwork, projected")
     for image, other in ((4, 5), (5, 4)):
         code = model.encode_transformation(x[other][None], tx[other * PER_IMAGE + 7][None])
+        assert torch.equal(code, read(x[other][None], tx[other * PER_IMAGE + 7][None]))
         expected = model.hypernetwork(code, x[image][None])[0]
         assert torch.allclose(predicted[image, 7], expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
         assert torch.equal(candidates[image, 7], tx[image * PER_IMAGE + 7])
@@ -725,9 +790,10 @@ def test_the_hypernetwork_fed_by_labels_takes_them_from_the_transformation(tmp_p
     model = stl.STL(NIN(8, probabilistic=False), losses=("inv", "equi"), code="labels", learn="all").eval()
     checkpoint = save(tmp_path / "a.ckpt", "stl_labels", model, preset="code", inv=1.0, equi=1.0, code="labels",
                       learn="all", probabilistic=False)
-    _, predict = equivariance.hypernetwork_map(checkpoint, tmp_path / "a.ckpt")
+    _, predict, read = equivariance.hypernetwork_map(checkpoint, tmp_path / "a.ckpt")
     x, tx = noise(10, 512), noise(10 * PER_IMAGE, 512, seed=2)
     (_, predicted, candidates), (name, _, _) = predict(data, x, tx)
+    assert read is None
     unchanged = unchanged_transformations(1, 8)
     moved = {**unchanged, "box": seen[1]["box"][2 * PER_IMAGE + 7][None]}  # images 4 and 5 are the third pair
     labels = [transformation_labels(which, 8, ("crop", "colour", "flip and blur")) for which in (unchanged, moved)]
@@ -772,7 +838,7 @@ def test_the_command_measures_every_row(measured):
     learned = {(row["transformations"], row["map"]) for row in rows
                if row.get("map", "ridge") not in ("ridge", "t alone", "ceiling, mu of t(x)")}
     assert learned == {(family, name) for family in ("projective", "crop")
-                       for name in ("hypernetwork", "hypernetwork, projected")} | {("projective",
+                       for name in ("code of t", "hypernetwork", "hypernetwork, projected")} | {("projective",
                                                                                     "decoder, which never sees t")}
     (blind,) = [row for row in rows if row.get("map") == "decoder, which never sees t" and row["measure"] == "MRR"
                 and row["features"] == "mu"]

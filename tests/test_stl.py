@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,6 +269,22 @@ def test_hypernetwork_equals_the_generated_matrices_in_value_and_gradient():
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
     one = hypernetwork.matrices(codes)[0]
     assert torch.allclose(one, sum(codes[0, k] * hypernetwork.weight[:, :, k] for k in range(128)), atol=1e-4)
+
+
+def test_points_lie_as_far_apart_as_the_matrices_that_are_not_made(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "study"))
+    from figures import matrix_points
+
+    torch.manual_seed(0)
+    hypernetwork = stl.Hypernetwork(24, 128)
+    codes = torch.randn(9, 128)
+    with torch.no_grad():
+        hypernetwork.weight[:, :, 3] = 2 * hypernetwork.weight[:, :, 7]  # of lower rank than the code
+        matrices = hypernetwork.matrices(codes).flatten(1).double()
+    points = matrix_points(codes, hypernetwork.weight)
+    assert points.shape == (9, 128)
+    for measure in (torch.cdist, lambda a, b: a @ b.T):
+        assert measure(points, points).numpy() == pytest.approx(measure(matrices, matrices).numpy(), rel=1e-4, abs=1e-3)
 
 
 def test_hypernetwork_never_makes_a_matrix_for_each_image():
