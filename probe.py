@@ -843,7 +843,7 @@ def parse_args():
     add = parser.add_argument_group("labels").add_argument
     add("--transfer", nargs="+", choices=["all", *TRANSFER], metavar="SET",
         help="STL's table of transfer: linear, with all labels of these, of "
-        f"{', '.join(TRANSFER)}; all is tens of gigabytes to download")
+        f"{', '.join(TRANSFER)}; all is tens of gigabytes to download (default: none)")
     add("--classifiers", nargs="+", choices=list(CLASSIFIERS),
         help="linear is STL's, 46 fits; finetuned trains the encoder too; released is the MLP of VTE's code (default: "
         "VTE's three, mlp knn logistic)")

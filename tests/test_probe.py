@@ -62,8 +62,8 @@ def test_knn_is_the_majority_of_five():
 
 @pytest.mark.parametrize("per_class", [False, True])
 def test_linear_is_the_minimum_at_the_weight_that_validates_best(per_class, monkeypatch):
-    """Against Newton's method from zero at each of the 45 weights: the sum of cross-entropies + w (|W|² + |b|²), on features of
-    different scales and means."""
+    """Against Newton's method from zero at each of the 45 weights: the sum of cross-entropies + w (|W|² + |b|²), on
+    features of different scales and means."""
     representation, labels, test_labels = planted(0.25, -20.0, n=300, features="mu")
     for split in ("train", "test"):
         representation.mu[split] = 3 + representation.mu[split] * torch.logspace(-1, 1, 8)
