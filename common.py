@@ -184,7 +184,7 @@ TRANSFER = {  # STL's sets in its order: torchvision's class; the share of the t
 DRAWN = {"caltech101": (30, None), "sun397": (50, 100)}  # [:30] of each class to train on, [30:None] to test
 BY_HAND = {"mit67": "mit67/Images/<class>/*, mit67/TrainImages.txt and mit67/TestImages.txt",
            "cars": "stanford_cars/, with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat"}
-NAMED = ("digits", "cifar10", "stl10")  # what can be trained on; every other --dataset is a folder, or else of TRANSFER
+NAMED = ("digits", "cifar10", "cifar100", "stl10")  # to train on, too; others are a folder, or else of TRANSFER
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs
 IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: PIL.Image.Transpose
@@ -216,8 +216,6 @@ def load_images(dataset, split, data_dir="data", image_size=32, limit=None):
         return load_folder(Path(dataset), split, data_dir, image_size, limit)
     elif dataset in TRANSFER and split.endswith("unlabeled"):
         raise UserError(f"{dataset} is there to evaluate on, not to train: give another --dataset", exit_code=2)
-    elif dataset == "cifar100":
-        data = load_torchvision(dataset, split, data_dir, image_size)
     elif dataset in TRANSFER:
         files, classes = list_transfer(dataset, split, data_dir)
         return load_files(files, classes, Path(data_dir, dataset), split, data_dir, image_size, limit, "BICUBIC")
@@ -290,7 +288,7 @@ def list_transfer(dataset, split, data_dir):
     from torchvision import datasets
 
     kind, share = TRANSFER[dataset]
-    names = ["test"] if split == "test" else ["val"] if split == "val" else ["train", "val"][: 1 + (share is None)]
+    names = [split] if split in ("val", "test") else ["train", "val"] if share is None else ["train"]
     with from_torchvision(dataset, data_dir):
         if dataset == "mit67":
             folder = Path(data_dir, dataset, "Images")
@@ -306,16 +304,16 @@ def list_transfer(dataset, split, data_dir):
             files = [(folder / classes[label] / f"image_{number:04d}.jpg", label)
                      for number, label in zip(data.index, data.y, strict=True)]
         else:
-            parts = [{}] if dataset in DRAWN else [{"split": name} for name in names]
+            settings = [{}] if dataset in DRAWN else [{"split": name} for name in names]
             parts = [getattr(datasets, kind)(data_dir, download=dataset not in BY_HAND, loader=str, **part)
-                     for part in parts]
+                     for part in settings]
             files, classes = [(path, int(label)) for part in parts for path, label in part], parts[0].classes
     if dataset in DRAWN:
         of_class, (train, test), files = {}, DRAWN[dataset], sorted(files)
         for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist():
             of_class.setdefault(files[i][1], []).append(files[i])
         part = slice(train, test) if split == "test" else slice(train)
-        files = [file for label in sorted(of_class) for file in of_class[label][part]]
+        files = [file for paths in of_class.values() for file in paths[part]]
     return files, classes
 
 

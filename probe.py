@@ -433,10 +433,12 @@ def linear_predictions(representation, index, labels, settings):
         return nn.functional.pad(features.to(settings.device, torch.float64), (0, 1), value=1.0)
 
     present, labels = labels.unique(return_inverse=True)
-    own = settings.validation
-    held_out = own[index] if torch.is_tensor(own) else hold_out(labels, own, settings.seed)
-    features, held_out, labels = (part.to(settings.device) for part in (
-        augmented(representation.draw("train")[index]), held_out, labels))
+    share = settings.validation
+    held_out = share[index] if torch.is_tensor(share) else hold_out(labels, share, settings.seed)
+    if held_out.all() or not held_out.any():  # a subset may lack one of the two
+        held_out = hold_out(labels, LINEAR_VALIDATION, settings.seed)
+    features, labels = augmented(representation.draw("train")[index]), labels.to(settings.device)
+    held_out = held_out.to(settings.device)
     eigenvalues, basis = torch.linalg.eigh(features.T @ features)
     features, curvature = features @ basis, eigenvalues.clamp(min=0) / len(present)  # at zero, of a logit's gradient
     weights, fewest = features.new_zeros(len(present), features.shape[1]), np.inf
@@ -516,24 +518,23 @@ def choose_subsets(labels, sizes, seed, dataset):
     subsets = {size: subset for size, subset in subsets.items() if subset is not None}
     if not subsets:
         subsets = {len(labels): torch.arange(len(labels))}
-        notes.append(f"all {len(labels):,} training images are used instead") if sizes else None
+        notes += [f"all {len(labels):,} training images are used instead"] if sizes else []
     return subsets, notes
 
 
 def load_splits(args, checkpoints, dataset):
-    """`Images` to train and to test on, and what validates: see `Settings`. Raises UserError."""
-    size, own = checkpoints[0][2]["config"]["image_size"], LINEAR_VALIDATION
+    """`Images` to train and to test on, what validates (see `Settings`), and a note on it. Raises UserError."""
+    size = checkpoints[0][2]["config"]["image_size"]
     train, test = (load_images(dataset, split, args.data_dir, size) for split in ("train", "test"))
-    if is_transfer(dataset):
-        own = TRANSFER[dataset][1]
-        if own is None:
-            first = len(train.labels) - len(list_transfer(dataset, "val", args.data_dir)[0])
-            own = torch.arange(len(train.labels)) >= first
-    return train, test, own
-
-
-def is_transfer(dataset):
-    return dataset in TRANSFER and not Path(dataset).is_dir()
+    if dataset not in TRANSFER or (dataset not in NAMED and Path(dataset).is_dir()):
+        return train, test, LINEAR_VALIDATION, []
+    n, validation = len(train.labels), TRANSFER[dataset][1]
+    share = f"{validation:.1%} of them" if validation else "its own validation split"
+    if validation is None:
+        validation = torch.arange(n) >= n - len(list_transfer(dataset, "val", args.data_dir)[0])
+    ours = "; both are drawn with seed 0, as it has no splits" if dataset in DRAWN else ""
+    return train, test, validation, [f"{dataset}: {n:,} training images, the L2 weight of linear chosen on {share}; "
+                                     f"{len(test.labels):,} test images{ours}"]
 
 
 def probe(args, device):
@@ -558,33 +559,28 @@ def transfer(args, device):
         rows, notes = rows + of_set, notes + about
     if not rows:
         raise UserError(left_out[0])
-    cells = {}
+    errors = {}
     for row in rows:
-        cells.setdefault(row_label(row), {})[row["dataset"]] = row["error_mean"]
-    lines = [[*label, *(f"{error:.3f}" for error in [*of.values(), np.mean(list(of.values()))])]
-             for label, of in cells.items()]
+        errors.setdefault(row_label(row), []).append(row["error_mean"])
+    lines = [[*label, *(f"{error:.3f}" for error in [*of, np.mean(of)])] for label, of in errors.items()]
     headings = ["error, by data set", "features", *dict.fromkeys(row["dataset"] for row in rows), "mean"]
     return rows, [Table("linear, transfer", headings, lines)], [*dict.fromkeys(notes), *left_out]
 
 
-def evaluate(args, device, checkpoints, dataset, train, test, validation):
-    """What `probe` returns, of one data set: see `load_splits`."""
+def evaluate(args, device, checkpoints, dataset, train, test, validation, about_data):
+    """What `probe` returns, of one data set, as `load_splits` has it."""
     dtype = choose_precision(args.precision, device)
-    per_class = args.mean_per_class or (dataset in PER_CLASS and is_transfer(dataset))
+    per_class = args.mean_per_class or bool(about_data and dataset in PER_CLASS)
     present = train.labels.unique().tolist()
     if len(present) < 2:
         raise UserError(f"'{dataset}' has one class, so nothing to classify: evaluate on other data with --dataset")
     subsets, notes = choose_subsets(train.labels, args.train_sizes, args.seed, dataset)
+    notes = about_data + notes
     absent = [name for label, name in enumerate(train.classes) if label not in present]
     if absent:
         lost = int((~torch.isin(test.labels, torch.tensor(present))).sum())
         notes.append(f"no training image is of {', '.join(absent)}: left out of chance and of balanced subsets"
                      + (f", and its test images, {lost:,}, count as errors" if lost else ""))
-    if is_transfer(dataset):
-        share = "its own validation split" if torch.is_tensor(validation) else f"{validation:.1%} of them"
-        ours = "; both are drawn with seed 0, as it has no splits" if dataset in DRAWN else ""
-        notes.append(f"{dataset}: {len(train.labels):,} training images, the L2 weight chosen on {share}; "
-                     f"{len(test.labels):,} test images{ours}")
     used, positions = torch.cat(list(subsets.values())).unique(return_inverse=True)  # encode no image without need
     images, labels = train.images[used], train.labels[used]
     validation = validation[used] if torch.is_tensor(validation) else validation

@@ -191,6 +191,8 @@ def test_each_set_in_its_own_format(dataset, tmp_path, monkeypatch):
         assert len(files) == SIZES[dataset][1]
         places = (train.images[:, 1, 4, 4].float() / 60).round().tolist()
         assert places == [0.0] * SIZES[dataset][0] + [1.0] * len(files)
+    if dataset == "cifar100":
+        return
     with pytest.raises(UserError, match=f"{dataset} is there to evaluate on, not to train") as error:
         load_images(dataset, "unlabeled", tmp_path, 8)
     assert error.value.exit_code == 2
@@ -258,8 +260,9 @@ def test_the_table_of_transfer(tmp_path, monkeypatch, capsys):
     assert cells[2:] == [f"{error:.3f}" for error in [*errors, np.mean(errors)]]
     for name in set(common.TRANSFER).difference(had):
         assert shown.count(f"\n{name} is left out: ") == 1
-    assert "flowers102: 8 training images, the L2 weight chosen on its own validation split; 6 test images" in shown
-    assert "mit67: 6 training images, the L2 weight chosen on 12.5% of them; 4 test images" in shown
+    assert ("flowers102: 8 training images, the L2 weight of linear chosen on its own validation split; 6 test images"
+            in shown)
+    assert "mit67: 6 training images, the L2 weight of linear chosen on 12.5% of them; 4 test images" in shown
     assert "both are drawn with seed 0, as it has no splits" in shown and shown.count("L-BFGS, at most 5,000") == 1
 
 
