@@ -558,7 +558,7 @@ def transfer(args, device):
         of_set, _, about = evaluate(args, device, checkpoints, name, *data)
         rows, notes = rows + of_set, notes + about
     if not rows:
-        raise UserError(left_out[0])
+        raise UserError("; ".join(left_out))
     errors = {}
     for row in rows:
         errors.setdefault(row_label(row), []).append(row["error_mean"])
