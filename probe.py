@@ -411,7 +411,7 @@ def fit_linear(weights, features, labels, strength, curvature):
     reached in a tenth of the iterations."""
     columns, unit = features.T.contiguous(), (curvature + 2 * strength).rsqrt()  # (D, N): products twice as fast
     scaled = (weights / unit).requires_grad_()
-    optimizer = torch.optim.LBFGS([scaled], max_iter=LINEAR_ITERATIONS, tolerance_grad=LINEAR_GRADIENT,
+    optimizer = torch.optim.LBFGS([scaled], max_iter=LINEAR_ITERATIONS, tolerance_grad=LINEAR_GRADIENT, history_size=30,
                                   tolerance_change=0, line_search_fn="strong_wolfe")
 
     def loss():
@@ -427,8 +427,8 @@ def fit_linear(weights, features, labels, strength, curvature):
 
 
 def linear_predictions(representation, index, labels, settings):
-    """STL's and AugSelf's, on the features as they are, of ties the weakest weight. All is in the eigenbasis of the
-    training features beside a column of ones, which changes neither the penalty nor the minimum (see `fit_linear`)."""
+    """STL's and AugSelf's, on the features as they are; of ties the weakest weight. It is done in the right singular
+    vectors of the training features beside a column of ones: neither the penalty nor the minimum changes by that."""
     def augmented(features):
         return nn.functional.pad(features.to(settings.device, torch.float64), (0, 1), value=1.0)
 
@@ -439,8 +439,8 @@ def linear_predictions(representation, index, labels, settings):
         held_out = hold_out(labels, LINEAR_VALIDATION, settings.seed)
     features, labels = augmented(representation.draw("train")[index]), labels.to(settings.device)
     held_out = held_out.to(settings.device)
-    eigenvalues, basis = torch.linalg.eigh(features.T @ features)
-    features, curvature = features @ basis, eigenvalues.clamp(min=0) / len(present)  # at zero, of a logit's gradient
+    _, singular_values, basis = torch.linalg.svd(features, full_matrices=False)
+    features, curvature = features @ basis.T, singular_values**2 / len(present)  # of the loss at zero, about
     weights, fewest = features.new_zeros(len(present), features.shape[1]), np.inf
     for strength in tqdm(LINEAR_WEIGHTS.tolist(), desc=f"linear, {len(index):,} labels", leave=False, disable=None):
         weights = fit_linear(weights, features[~held_out], labels[~held_out], strength, curvature)
@@ -450,7 +450,7 @@ def linear_predictions(representation, index, labels, settings):
             best, fewest = (strength, weights), wrong
     strength, weights = best
     weights = fit_linear(weights, features, labels, strength, curvature)
-    return [present[(augmented(representation.draw("test")) @ basis @ weights.T).argmax(1).cpu()].numpy()
+    return [present[(augmented(representation.draw("test")) @ basis.T @ weights.T).argmax(1).cpu()].numpy()
             for _ in range(settings.passes)]
 
 
@@ -526,7 +526,7 @@ def load_splits(args, checkpoints, dataset):
     """`Images` to train and to test on, what validates (see `Settings`), and a note on it. Raises UserError."""
     size = checkpoints[0][2]["config"]["image_size"]
     train, test = (load_images(dataset, split, args.data_dir, size) for split in ("train", "test"))
-    if dataset not in TRANSFER or (dataset not in NAMED and Path(dataset).is_dir()):
+    if dataset in NAMED or dataset not in TRANSFER or Path(dataset).is_dir():
         return train, test, LINEAR_VALIDATION, []
     n, validation = len(train.labels), TRANSFER[dataset][1]
     share = f"{validation:.1%} of them" if validation else "its own validation split"
