@@ -175,7 +175,16 @@ STATISTICS = {  # mean and standard deviation of each channel, of images in [0, 
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "stl10": ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27)),
 }
-NAMED = ("digits", "cifar10", "stl10")  # every other --dataset is a folder
+TRANSFER = {  # STL's sets in its order: torchvision's class; the share of the training images that validates, or None
+    "cifar10": ("CIFAR10", 0.1), "cifar100": ("CIFAR100", 0.1), "food101": ("Food101", 0.1),
+    "mit67": (None, 670 / 5360), "pets": ("OxfordIIITPet", 740 / 3680), "flowers102": ("Flowers102", None),
+    "caltech101": ("Caltech101", 505 / 3030), "cars": ("StanfordCars", 1650 / 8144),
+    "aircraft": ("FGVCAircraft", None), "dtd": ("DTD", None), "sun397": ("SUN397", 3970 / 19850),
+}  # where it is None, the set has a validation split of its own
+DRAWN = {"caltech101": (30, None), "sun397": (50, 100)}  # [:30] of each class to train on, [30:None] to test
+BY_HAND = {"mit67": "mit67/Images/<class>/*, mit67/TrainImages.txt and mit67/TestImages.txt",
+           "cars": "stanford_cars/, with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat"}
+NAMED = ("digits", "cifar10", "cifar100", "stl10")  # to train on, too; others are a folder, or else of TRANSFER
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs
 IMAGE_SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: PIL.Image.Transpose
@@ -196,8 +205,8 @@ class Images(NamedTuple):
 def load_images(dataset, split, data_dir="data", image_size=32, limit=None):
     """Decodes a data set, or its first `limit` images, into `Images`.
 
-    dataset: "digits", "cifar10", "stl10", or a folder. split: "train" or "test", both with labels, or what to pretrain
-    on, "unlabeled" or "train+unlabeled": the training images where a set has no unlabeled ones. Raises UserError.
+    dataset: of NAMED, a folder, or of TRANSFER. split: "train" or "test", both with labels, or what to pretrain on,
+    "unlabeled" or "train+unlabeled": the training images where a set has no unlabeled ones. Raises UserError.
     """
     if dataset == "digits":
         data = load_digits_split(split, image_size)
@@ -205,6 +214,11 @@ def load_images(dataset, split, data_dir="data", image_size=32, limit=None):
         data = load_torchvision(dataset, split, data_dir, image_size)
     elif dataset and Path(dataset).is_dir():
         return load_folder(Path(dataset), split, data_dir, image_size, limit)
+    elif dataset in TRANSFER and split.endswith("unlabeled"):
+        raise UserError(f"{dataset} is there to evaluate on, not to train: give another --dataset", exit_code=2)
+    elif dataset in TRANSFER:
+        files, classes = list_transfer(dataset, split, data_dir)
+        return load_files(files, classes, Path(data_dir, dataset), split, data_dir, image_size, limit, "BICUBIC")
     else:
         raise UserError(f"there is no data set '{dataset}': give --dataset digits, cifar10, stl10, or a folder with "
                         f"{LAYOUT}", exit_code=2)
@@ -228,34 +242,82 @@ def load_digits_split(split, image_size):
 
 
 def resize(images, image_size, chunk=4096):
-    """(N, 3, H, W) uint8 -> (N, 3, image_size, image_size): bilinear with antialiasing, as PIL resizes."""
+    """(N, 3, H, W) uint8 -> (N, 3, image_size, image_size), as PIL resizes: smaller ones bilinear with antialiasing,
+    larger ones bicubic."""
     if images.shape[2:] == (image_size, image_size):
         return images
-    size = (image_size, image_size)
-    return torch.cat([F.interpolate(part.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    size, mode = (image_size, image_size), "bicubic" if image_size > min(images.shape[2:]) else "bilinear"
+    return torch.cat([F.interpolate(part.float(), size=size, mode=mode, antialias=True, align_corners=False)
                       .round().clamp(0, 255).to(torch.uint8) for part in images.split(chunk)])
 
 
-def load_torchvision(dataset, split, data_dir, image_size):
-    """CIFAR-10 or STL-10, downloaded into data_dir and checked by torchvision."""
-    import torchvision.datasets
-
+@contextlib.contextmanager
+def from_torchvision(dataset, data_dir):
+    """What goes wrong in here, of the network, the archive or the disk, becomes one sentence."""
     try:
-        if dataset == "cifar10":
-            data = torchvision.datasets.CIFAR10(data_dir, train=split != "test", download=True)
-            images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), data.targets
-        else:
-            data = torchvision.datasets.STL10(data_dir, split=split, download=True)
-            images, labels = torch.from_numpy(data.data), data.labels
-    except Exception as error:  # of the network, the archive or the disk
+        yield
+    except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if dataset in BY_HAND:
+            raise UserError(f"{dataset} has no download, put {BY_HAND[dataset]} into '{data_dir}' ({reason})") from None
         raise UserError(f"{dataset} could not be downloaded to or read from '{data_dir}' ({reason}): try again, or use "
                         "--dataset digits, which works offline, or --dataset DIR with images of your own") from error
+
+
+def load_torchvision(dataset, split, data_dir, image_size):
+    """CIFAR-10, CIFAR-100 or STL-10, downloaded into data_dir and checked by torchvision."""
+    import torchvision.datasets
+
+    with from_torchvision(dataset, data_dir):
+        if dataset == "stl10":
+            data = torchvision.datasets.STL10(data_dir, split=split, download=True)
+            images, labels = torch.from_numpy(data.data), data.labels
+        else:
+            data = getattr(torchvision.datasets, TRANSFER[dataset][0])(data_dir, train=split != "test", download=True)
+            images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), data.targets
     labels = None if split.endswith("unlabeled") and dataset == "stl10" else torch.as_tensor(labels).long()
     return Images(resize(images, image_size), labels, list(data.classes), images.shape[-1])
 
 
-def decode(path, image_size):
+def list_transfer(dataset, split, data_dir):
+    """Of a transfer set of files, downloaded into data_dir by torchvision: [(path, label)], class names.
+
+    split: "test"; "val", the validation split of a set that has one; all else is its training images, these last.
+    Caltech101 and SUN397 have no splits there: `DRAWN` says how many of each class, drawn with seed 0. Raises
+    UserError."""
+    from torchvision import datasets
+
+    kind, share = TRANSFER[dataset]
+    names = [split] if split in ("val", "test") else ["train", "val"] if share is None else ["train"]
+    with from_torchvision(dataset, data_dir):
+        if dataset == "mit67":
+            folder = Path(data_dir, dataset, "Images")
+            lines = (folder.parent / f"{names[0].title()}Images.txt").read_text().splitlines()
+            classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            return [(folder / line, classes.index(line.partition("/")[0])) for line in lines if line], classes
+        if dataset == "pets":
+            data = datasets.OxfordIIITPet(data_dir, "test" if split == "test" else "trainval", download=True)
+            return list(zip(data._images, data._labels, strict=True)), data.classes
+        if dataset == "caltech101":
+            data = datasets.Caltech101(data_dir, download=True)
+            folder, classes = Path(data.root, "101_ObjectCategories"), data.categories
+            files = [(folder / classes[label] / f"image_{number:04d}.jpg", label)
+                     for number, label in zip(data.index, data.y, strict=True)]
+        else:
+            settings = [{}] if dataset in DRAWN else [{"split": name} for name in names]
+            parts = [getattr(datasets, kind)(data_dir, download=dataset not in BY_HAND, loader=str, **part)
+                     for part in settings]
+            files, classes = [(path, int(label)) for part in parts for path, label in part], parts[0].classes
+    if dataset in DRAWN:
+        of_class, (train, test), files = {}, DRAWN[dataset], sorted(files)
+        for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist():
+            of_class.setdefault(files[i][1], []).append(files[i])
+        part = slice(train, test) if split == "test" else slice(train)
+        files = [file for paths in of_class.values() for file in paths[part]]
+    return files, classes
+
+
+def decode(path, image_size, resampling="BILINEAR"):
     """One image file as ((3, image_size, image_size) uint8, its longest side): shorter side resized, centre cropped.
 
     Of an animation the first frame; upright by its EXIF orientation; grey, palette and CMYK become RGB; transparency is
@@ -276,7 +338,7 @@ def decode(path, image_size):
         if sixteen:  # PIL would cut them off at 255
             image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
         longest = max(image.size)
-        image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BILINEAR)
+        image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling[resampling])
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), longest
 
 
@@ -318,12 +380,17 @@ def list_images(folder, split):
 
 
 def load_folder(folder, split, data_dir, image_size, limit=None):
-    """Images of a folder, resized and cropped to squares. They are cached beside it, or in data_dir where nothing can
-    be written there; only files that are new or have changed are decoded again."""
+    """Images of a folder, as `load_files` has them."""
     try:
         files, classes = list_images(folder, split)
     except OSError as error:
         raise UserError(f"cannot list '{error.filename}' ({error.strerror})") from error
+    return load_files(files, classes, folder, split, data_dir, image_size, limit)
+
+
+def load_files(files, classes, folder, split, data_dir, image_size, limit=None, resampling="BILINEAR"):
+    """Images of [(path, label or None)], resized and cropped to squares. They are cached beside the folder, or in
+    data_dir where nothing can be written there; only files that are new or have changed are decoded again."""
     files = files[:limit]
     part = f"{'test' if split == 'test' else 'train'}-{image_size}{f'-first{limit}' if limit else ''}"
     places = [folder.resolve().parent, Path(data_dir).resolve()]
@@ -336,7 +403,7 @@ def load_folder(folder, split, data_dir, image_size, limit=None):
 
     def attempt(path):
         try:
-            return decode(path, image_size)
+            return decode(path, image_size, resampling)
         except Exception as error:
             return "no image of a kind that is read" if "cannot identify" in str(error) else str(error)
 

@@ -9,9 +9,16 @@ The standard deviation is over these passes, and says nothing of training seeds.
 Ours are the rows of mu in place of a sampled z, of an untrained encoder of the same architecture, and of raw pixels.
 They make the others readable.
 
---classifiers linear is STL's protocol (Yu et al., NeurIPS 2024): linear classification by full-batch L-BFGS, its L2
-weight chosen on a fifth of the labels, and a refit on all. finetuned trains the encoder too. released is the MLP of the
-code that VTE's authors released, which for CIFAR-10 reads mu where the paper says z.
+--classifiers linear is the protocol of STL (Yu et al., NeurIPS 2024) and of AugSelf (Lee et al., NeurIPS 2021): linear
+classification by full-batch L-BFGS, its L2 weight chosen on a tenth of the labels, and a refit on all. finetuned trains
+the encoder too. released is the MLP of the code that VTE's authors released, which for CIFAR-10 reads mu where the
+paper says z.
+
+    python probe.py stl.ckpt --transfer all --json transfer.json
+
+is the row of STL's table of transfer, from the sets that are in --data-dir or can be downloaded to it. Splits are the
+papers', but of Caltech101 and SUN397 ours. As in STL the error on pets, flowers102, caltech101 and aircraft is the mean
+over classes.
 
 What the papers do not state is in the constants below, and printed. equivariance.py asks checkpoints another question.
 """
@@ -39,7 +46,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
+    DRAWN,
     NAMED,
+    TRANSFER,
     Parser,
     UserError,
     averaged_batch_norm,
@@ -49,6 +58,7 @@ from common import (
     export_encoder,
     image_side,
     keep_freed_memory,
+    list_transfer,
     load_checkpoint,
     load_encoder,
     load_images,
@@ -67,8 +77,9 @@ MLP_EPOCHS, MLP_BATCH, MLP_LR = 30, 128, 1e-3  # Adam
 RELEASED_BATCH, RELEASED_LR = 256, 0.05  # Adam too
 NEIGHBOURS = 5  # the paper's
 LOGISTIC_C, LOGISTIC_ITERATIONS = 1.0, 100  # the paper's 100 iterations of SAG; L2 weight 1 / C
-LINEAR_WEIGHTS = np.logspace(5, -6, 45)  # L2 weight beside the mean loss; strongest first, each fit starts at the last
-LINEAR_ITERATIONS, LINEAR_VALIDATION = 100, 0.2
+LINEAR_WEIGHTS = np.logspace(-6, 5, 45)  # L2 weight beside the summed loss; each fit starts where the last one ended
+LINEAR_ITERATIONS, LINEAR_GRADIENT, LINEAR_VALIDATION = 5000, 1e-4, 0.1  # the gradient's is ours: of any coordinate
+PER_CLASS = ("pets", "flowers102", "caltech101", "aircraft")  # STL's errors there are means over classes
 LINEAR_PIXELS = 10_000_000  # labels x dimensions; raw pixels beyond it are left out: 46 fits would take long
 CALIBRATION_IMAGES, ENCODE_PIXELS = 2048, 500 * 32**2  # pixels of a batch
 CLASSIFIERS = {
@@ -76,8 +87,9 @@ CLASSIFIERS = {
     "knn": ("k-NN", f"K = {NEIGHBOURS}, uniform weights, Euclidean distance, unscaled features"),
     "logistic": ("logistic regression", f"SAG, {LOGISTIC_ITERATIONS} iterations, L2 with C = {LOGISTIC_C:g}, "
                                         "standardised features"),
-    "linear": ("linear, L2 weight chosen", f"L-BFGS, {LINEAR_ITERATIONS} iterations, unscaled features, L2 weight of "
-               f"{len(LINEAR_WEIGHTS)} from {LINEAR_WEIGHTS[-1]:g} to {LINEAR_WEIGHTS[0]:g} chosen on "
+    "linear": ("linear, L2 weight chosen", f"L-BFGS, at most {LINEAR_ITERATIONS:,} iterations, until no gradient is "
+               f"above {LINEAR_GRADIENT:g}, unscaled features, summed loss, L2 weight (of the bias too) of "
+               f"{len(LINEAR_WEIGHTS)} from {LINEAR_WEIGHTS[0]:g} to {LINEAR_WEIGHTS[-1]:g} chosen on "
                f"{LINEAR_VALIDATION:.0%} of the labels, refit on all"),
     "finetuned": ("MLP, encoder trained too", "an MLP on mu and the encoder, from where the checkpoint left it, Adam, "
                   f"one cycle to {MLP_LR:g}, batch {MLP_BATCH}, crops and flips"),
@@ -275,6 +287,7 @@ class Settings(NamedTuple):
     dtype: torch.dtype  # what autocast computes in
     per_class: bool = False  # the error is the mean over classes
     epochs: int = MLP_EPOCHS  # of the MLPs
+    validation: float | torch.Tensor = LINEAR_VALIDATION  # the share, or (N,) bool, of the training images
 
 
 def standardizer(features):
@@ -382,25 +395,63 @@ def logistic_predictions(representation, index, labels, settings):
     return fit_and_predict
 
 
-def linear_predictions(representation, index, labels, settings):
-    """STL's: multinomial regression on the features as they are, minimising the mean loss + weight / 2 |W|^2. The
-    classes are validated in equal shares; a class of one image is only fitted."""
-    train, labels = representation.draw("train")[index].numpy(), labels.numpy()
+def hold_out(labels, share, seed):
+    """(N,) bool: the share of each class of (N,) labels, one at least, that chooses the L2 weight; none of a class of
+    one image."""
+    labels, held_out = labels.numpy(), torch.zeros(len(labels), dtype=torch.bool)
     several = np.flatnonzero(np.bincount(labels)[labels] > 1)
-    share = max(len(np.unique(labels[several])), round(LINEAR_VALIDATION * len(several)))  # one of a class, at least
-    _, held_out = train_test_split(several, test_size=share, stratify=labels[several], random_state=settings.seed)
-    fit = np.setdiff1d(np.arange(len(labels)), held_out)
+    size = max(len(np.unique(labels[several])), round(share * len(several)))
+    held_out[train_test_split(several, test_size=size, stratify=labels[several], random_state=seed)[1]] = True
+    return held_out
 
-    classifier, best, fewest = LogisticRegression(max_iter=LINEAR_ITERATIONS, warm_start=True), None, np.inf
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for weight in LINEAR_WEIGHTS:
-            classifier.set_params(C=1 / (weight * len(fit))).fit(train[fit], labels[fit])
-            wrong = np.mean(classifier.predict(train[held_out]) != labels[held_out])
-            if wrong < fewest:
-                best, fewest = weight, wrong
-        classifier = LogisticRegression(C=1 / (best * len(train)), max_iter=LINEAR_ITERATIONS).fit(train, labels)
-    return [classifier.predict(representation.draw("test").numpy()) for _ in range(settings.passes)]
+
+def fit_linear(weights, features, labels, strength, curvature):
+    """Minimises the summed cross-entropy + strength |weights|² from weights (C, D) on, and returns them; features
+    (N, D), float64. L-BFGS moves each column in units of (curvature (D,) + 2 strength)^-1/2: the minimum is the same,
+    reached in a tenth of the iterations."""
+    columns, unit = features.T.contiguous(), (curvature + 2 * strength).rsqrt()  # (D, N): products twice as fast
+    scaled = (weights / unit).requires_grad_()
+    optimizer = torch.optim.LBFGS([scaled], max_iter=LINEAR_ITERATIONS, tolerance_grad=LINEAR_GRADIENT, history_size=30,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        weights = scaled * unit
+        value = nn.functional.cross_entropy((weights @ columns).T, labels, reduction="sum")
+        value = value + strength * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (scaled * unit).detach()
+
+
+def linear_predictions(representation, index, labels, settings):
+    """STL's and AugSelf's, on the features as they are; of ties the weakest weight. It is done in the right singular
+    vectors of the training features beside a column of ones: neither the penalty nor the minimum changes by that."""
+    def augmented(features):
+        return nn.functional.pad(features.to(settings.device, torch.float64), (0, 1), value=1.0)
+
+    present, labels = labels.unique(return_inverse=True)
+    share = settings.validation
+    held_out = share[index] if torch.is_tensor(share) else hold_out(labels, share, settings.seed)
+    if held_out.all() or not held_out.any():  # a subset may lack one of the two
+        held_out = hold_out(labels, LINEAR_VALIDATION, settings.seed)
+    features, labels = augmented(representation.draw("train")[index]), labels.to(settings.device)
+    held_out = held_out.to(settings.device)
+    _, singular_values, basis = torch.linalg.svd(features, full_matrices=False)
+    features, curvature = features @ basis.T, singular_values**2 / len(present)  # of the loss at zero, about
+    weights, fewest = features.new_zeros(len(present), features.shape[1]), np.inf
+    for strength in tqdm(LINEAR_WEIGHTS.tolist(), desc=f"linear, {len(index):,} labels", leave=False, disable=None):
+        weights = fit_linear(weights, features[~held_out], labels[~held_out], strength, curvature)
+        wrong = error_rate((features[held_out] @ weights.T).argmax(1).cpu().numpy(), labels[held_out].cpu().numpy(),
+                           settings.per_class)
+        if wrong < fewest:
+            best, fewest = (strength, weights), wrong
+    strength, weights = best
+    weights = fit_linear(weights, features, labels, strength, curvature)
+    return [present[(augmented(representation.draw("test")) @ basis.T @ weights.T).argmax(1).cpu()].numpy()
+            for _ in range(settings.passes)]
 
 
 PREDICTIONS = {"mlp": mlp_predictions, "knn": knn_predictions, "logistic": logistic_predictions,
@@ -467,20 +518,64 @@ def choose_subsets(labels, sizes, seed, dataset):
     subsets = {size: subset for size, subset in subsets.items() if subset is not None}
     if not subsets:
         subsets = {len(labels): torch.arange(len(labels))}
-        notes.append(f"all {len(labels):,} training images are used instead")
+        notes += [f"all {len(labels):,} training images are used instead"] if sizes else []
     return subsets, notes
+
+
+def load_splits(args, checkpoints, dataset):
+    """`Images` to train and to test on, what validates (see `Settings`), and a note on it. Raises UserError."""
+    size = checkpoints[0][2]["config"]["image_size"]
+    train, test = (load_images(dataset, split, args.data_dir, size) for split in ("train", "test"))
+    if dataset in NAMED or dataset not in TRANSFER or Path(dataset).is_dir():
+        return train, test, LINEAR_VALIDATION, []
+    n, validation = len(train.labels), TRANSFER[dataset][1]
+    share = f"{validation:.1%} of them" if validation else "its own validation split"
+    if validation is None:
+        validation = torch.arange(n) >= n - len(list_transfer(dataset, "val", args.data_dir)[0])
+    ours = "; both are drawn with seed 0, as it has no splits" if dataset in DRAWN else ""
+    return train, test, validation, [f"{dataset}: {n:,} training images, the L2 weight of linear chosen on {share}; "
+                                     f"{len(test.labels):,} test images{ours}"]
 
 
 def probe(args, device):
     """Returns rows, dicts that --json writes, tables, and the notes to print under them."""
     checkpoints, dataset = load_checkpoints(args)
+    return evaluate(args, device, checkpoints, dataset, *load_splits(args, checkpoints, dataset))
+
+
+def transfer(args, device):
+    """What `probe` returns, of all of --transfer, as STL's table has it. What is not to be had is left out."""
+    checkpoints, _ = load_checkpoints(args)
+    rows, notes, left_out = [], [], []
+    for name in dict.fromkeys(TRANSFER if "all" in args.transfer else args.transfer):
+        try:
+            if name not in NAMED and Path(name).is_dir():
+                raise UserError(f"the folder '{name}' that is here has its name")
+            data = load_splits(args, checkpoints, name)
+        except UserError as error:
+            left_out.append(f"{name} is left out: {error}")
+            continue
+        of_set, _, about = evaluate(args, device, checkpoints, name, *data)
+        rows, notes = rows + of_set, notes + about
+    if not rows:
+        raise UserError("; ".join(left_out))
+    errors = {}
+    for row in rows:
+        errors.setdefault(row_label(row), []).append(row["error_mean"])
+    lines = [[*label, *(f"{error:.3f}" for error in [*of, np.mean(of)])] for label, of in errors.items()]
+    headings = ["error, by data set", "features", *dict.fromkeys(row["dataset"] for row in rows), "mean"]
+    return rows, [Table("linear, transfer", headings, lines)], [*dict.fromkeys(notes), *left_out]
+
+
+def evaluate(args, device, checkpoints, dataset, train, test, validation, about_data):
+    """What `probe` returns, of one data set, as `load_splits` has it."""
     dtype = choose_precision(args.precision, device)
-    train, test = (load_images(dataset, split, args.data_dir, checkpoints[0][2]["config"]["image_size"])
-                   for split in ("train", "test"))
+    per_class = args.mean_per_class or bool(about_data and dataset in PER_CLASS)
     present = train.labels.unique().tolist()
     if len(present) < 2:
         raise UserError(f"'{dataset}' has one class, so nothing to classify: evaluate on other data with --dataset")
     subsets, notes = choose_subsets(train.labels, args.train_sizes, args.seed, dataset)
+    notes = about_data + notes
     absent = [name for label, name in enumerate(train.classes) if label not in present]
     if absent:
         lost = int((~torch.isin(test.labels, torch.tensor(present))).sum())
@@ -488,6 +583,7 @@ def probe(args, device):
                      + (f", and its test images, {lost:,}, count as errors" if lost else ""))
     used, positions = torch.cat(list(subsets.values())).unique(return_inverse=True)  # encode no image without need
     images, labels = train.images[used], train.labels[used]
+    validation = validation[used] if torch.is_tensor(validation) else validation
     subsets = dict(zip(subsets, positions.split([len(subset) for subset in subsets.values()]), strict=True))
 
     def represent(name, method, encoder, config):
@@ -518,11 +614,12 @@ def probe(args, device):
         for kind, config in architectures(checkpoints).items():
             encoder = random_encoder(images, config, args.seed, device, dtype)
             representations += represent(None, f"random encoder ({kind})", encoder, config)
-        pixels = [(split.flatten(1).float() / 255, None) for split in (images, test.images)]
-        representations.append(Representation(None, "raw pixels", None, *pixels))
+        if not args.transfer:
+            pixels = [(split.flatten(1).float() / 255, None) for split in (images, test.images)]
+            representations.append(Representation(None, "raw pixels", None, *pixels))
 
     too_few = [size for size in subsets if size == len(present)]
-    too_many = [size for size in subsets if size * images[0].numel() > LINEAR_PIXELS]
+    too_many = [size for size in subsets if size * images[0].numel() > LINEAR_PIXELS and not args.transfer]
 
     def applies(classifier, representation, size):
         if classifier in ("finetuned", "released"):  # one row an encoder
@@ -540,7 +637,7 @@ def probe(args, device):
         mu = "finetuned and released take mu, which --features leaves out"
         why = f"{notes[-1]}; give larger --train-sizes" if notes else mu
         raise UserError(f"nothing is left to evaluate: {why}", exit_code=2)
-    settings = Settings(args.passes, args.seed, device, dtype, args.mean_per_class, args.epochs)
+    settings = Settings(args.passes, args.seed, device, dtype, per_class, args.epochs, validation)
     errors_of_all = run_ahead((errors_of(classifier, representation, subsets[size], labels, test.labels, settings)
                                for classifier, representation, size in work), workers=torch.get_num_threads())
     warnings.simplefilter("ignore", ConvergenceWarning)  # the iterations are the protocols'
@@ -549,10 +646,10 @@ def probe(args, device):
              "features": representation.features, "classifier": classifier, "train_size": size,
              "error_mean": float(np.mean(errors)),
              "error_std": float(np.std(errors, ddof=1)) if len(errors) > 1 else 0.0,
-             "passes": len(errors), "seed": args.seed, "dataset": dataset, "mean_per_class": args.mean_per_class}
+             "passes": len(errors), "seed": args.seed, "dataset": dataset, "mean_per_class": per_class}
             for (classifier, representation, size), errors in zip(work, progress, strict=True)]
 
-    kind = ", the mean over classes," if args.mean_per_class else ""
+    kind = ", the mean over classes," if per_class else ""
     about = [f"numbers are error rates{kind} on the {len(test.labels):,} test images of {dataset}; chance is "
              f"{1 - 1 / len(present):.3f}; seed {args.seed}", *explain_features(rows)]
     if any(row["features"] == "sample" for row in rows):
@@ -699,8 +796,8 @@ def evaluation_parser(description, example):
     add("checkpoints", nargs="+", metavar="ENCODER",
         help="a checkpoint; or torchvision:NAME, timm:NAME or FILE.py:FUNCTION, whose features are (N, D), untrained "
         "unless a file WEIGHTS.pt follows, or torchvision:NAME:DEFAULT or timm:NAME:pretrained ask for weights")
-    add("--dataset", help="other data: digits, cifar10, stl10 or a folder (default: the checkpoint's)")
-    add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
+    add("--dataset", help="other data: digits, stl10, what --transfer names, or a folder (default: the checkpoint's)")
+    add("--data-dir", default="data", help="where named data is downloaded to")
     add("--image-size", type=image_side, help="of encoders that are no checkpoints (default: the library's)")
     add("--mean", nargs=3, type=number(float, 0, 1), metavar=tuple("RGB"),
         help="of each channel of images in [0, 1], for encoders that are no checkpoints (default: the library's)")
@@ -740,6 +837,9 @@ def parse_args():
     parser = evaluation_parser("Evaluate checkpoints on labels, beside a random encoder and raw pixels.",
                                "python probe.py pt.ckpt vte_ba.ckpt --train-sizes 5000 500 --json rows.json")
     add = parser.add_argument_group("labels").add_argument
+    add("--transfer", nargs="+", choices=["all", *TRANSFER], metavar="SET",
+        help="STL's table of transfer: linear, with all labels of these, of "
+        f"{', '.join(TRANSFER)}; all is tens of gigabytes to download (default: none)")
     add("--classifiers", nargs="+", choices=list(CLASSIFIERS),
         help="linear is STL's, 46 fits; finetuned trains the encoder too; released is the MLP of VTE's code (default: "
         "VTE's three, mlp knn logistic)")
@@ -758,8 +858,14 @@ def parse_args():
         rest = [flag for flag in sys.argv[1:] if flag != "--equivariance"]
         raise UserError(f"--equivariance has become a command: python equivariance.py {shlex.join(rest)}", exit_code=2)
     args = parser.parse_args()
-    args.classifiers = args.classifiers or ["mlp", "knn", "logistic"]
-    args.train_sizes = args.train_sizes or [50000, 5000, 500]
+    if args.transfer:
+        if args.dataset or args.classifiers or args.train_sizes:
+            raise UserError("--transfer has data and a protocol of its own: leave out --dataset, --classifiers and "
+                            "--train-sizes", exit_code=2)
+        args.dataset, args.classifiers, args.train_sizes = "cifar10", ["linear"], []
+    else:
+        args.classifiers = args.classifiers or ["mlp", "knn", "logistic"]
+        args.train_sizes = args.train_sizes or [50000, 5000, 500]
     args.features = args.features or ["sample", "mu"]
     return args
 
@@ -779,7 +885,7 @@ def main():
     if args.export is not None:
         export(args)
     else:
-        run_evaluation(args, probe)
+        run_evaluation(args, transfer if args.transfer else probe)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def test_hidden_files_and_folders_are_no_images(tmp_path):
 def decoded(monkeypatch):
     """The names of the files that are decoded."""
     names, decode = [], common.decode
-    monkeypatch.setattr(common, "decode", lambda path, size: names.append(os.path.basename(path)) or decode(path, size))
+    monkeypatch.setattr(common, "decode", lambda path, *how: names.append(os.path.basename(path)) or decode(path, *how))
     return names
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 import probe
 from common import NIN, UserError, save_checkpoint
@@ -61,64 +60,84 @@ def test_knn_is_the_majority_of_five():
     assert run("knn", representation, labels, test_labels)[0] == pytest.approx(error, abs=1e-9)
 
 
-def test_linear_is_full_batch_lbfgs_with_the_weight_that_validates_best(monkeypatch):
-    """Against plain minimisation of the stated objective by scipy, at the weight the validation split prefers."""
-    from scipy.optimize import minimize
-
+@pytest.mark.parametrize("per_class", [False, True])
+def test_linear_is_the_minimum_at_the_weight_that_validates_best(per_class, monkeypatch):
+    """Against Newton's method from zero at each of the 45 weights: the sum of cross-entropies + w (|W|² + |b|²), on
+    features of different scales and means."""
     representation, labels, test_labels = planted(0.25, -20.0, n=300, features="mu")
-    train, truth = representation.mu["train"].double().numpy(), labels.numpy()
-    test = representation.mu["test"].double().numpy()
-    fit, held_out = train_test_split(np.arange(300), test_size=60, stratify=truth, random_state=0)
-    assert np.bincount(truth[held_out]).tolist() == [20, 20, 20]
+    for split in ("train", "test"):
+        representation.mu[split] = 3 + representation.mu[split] * torch.logspace(-1, 1, 8)
+    train, test = (np.c_[representation.mu[split].double().numpy(), np.ones(300)] for split in ("train", "test"))
+    truth, fits, fit = labels.numpy(), [], probe.fit_linear
 
-    def predictor(features, target, weight):
+    def minimum(features, target, weight):
         def objective(flat):
-            w, b = flat[:24].reshape(3, 8), flat[24:]
-            logits = features @ w.T + b
+            w = flat.reshape(3, 9)
+            logits = features @ w.T
             logits -= logits.max(1, keepdims=True)
             p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-            gap = (p - np.eye(3)[target]) / len(target)
-            loss = -np.log(p[np.arange(len(target)), target]).mean() + weight / 2 * (w**2).sum()
-            return loss, np.concatenate([(gap.T @ features + weight * w).ravel(), gap.sum(0)])
+            loss = -np.log(p[np.arange(len(target)), target]).sum() + weight * (w**2).sum()
+            gap = p - np.eye(3)[target]
+            hessian = [[features.T @ (features * (p[:, c] * ((c == d) - p[:, d]))[:, None]) for d in range(3)]
+                       for c in range(3)]
+            return loss, (gap.T @ features + 2 * weight * w).ravel(), np.block(hessian) + 2 * weight * np.eye(27)
 
-        best = minimize(objective, np.zeros(27), jac=True, method="L-BFGS-B", options={"maxiter": 2000, "gtol": 1e-9}).x
-        return lambda values: (values @ best[:24].reshape(3, 8).T + best[24:]).argmax(1)
+        flat = np.zeros(27)
+        for _ in range(60):  # each step is halved until it descends
+            loss, gradient, hessian = objective(flat)
+            if np.abs(gradient).max() < 1e-8:
+                break
+            step = np.linalg.solve(hessian, gradient)
+            while np.abs(step).max() > 1e-14 and objective(flat - step)[0] > loss:
+                step = step / 2
+            flat = flat - step
+        assert np.abs(gradient).max() < 1e-7
+        return flat.reshape(3, 9), loss
 
-    weights = [100.0, 1e-2, 1e-6]
-    monkeypatch.setattr(probe, "LINEAR_WEIGHTS", weights)
-    wrong = [np.mean(predictor(train[fit], truth[fit], w)(train[held_out]) != truth[held_out]) for w in weights]
-    chosen = weights[int(np.argmin(wrong))]
-    expected = np.mean(predictor(train, truth, chosen)(test) != test_labels.numpy())
-    assert run("linear", representation, labels, test_labels)[0] == pytest.approx(expected, abs=0.011)
-    assert expected < 0.6 and len(set(wrong)) > 1
+    def recorded(weights, features, labels, weight, curvature):
+        result = fit(weights, features, labels, weight, curvature)
+        loss = torch.nn.functional.cross_entropy(features @ result.T, labels, reduction="sum")
+        fits.append((weight, (loss + weight * result.square().sum()).item(), len(features), weights, result))
+        return result
+
+    monkeypatch.setattr(probe, "fit_linear", recorded)
+    (error,) = run("linear", representation, labels, test_labels, per_class=per_class)
+    held_out = probe.hold_out(labels, 0.1, 0).numpy()
+    assert np.bincount(truth[held_out]).tolist() == [10, 10, 10]
+    wrong = []
+    for weight, (found, loss, n, *_) in zip(np.logspace(-6, 5, 45), fits, strict=False):
+        best, least = minimum(train[~held_out], truth[~held_out], weight)
+        assert found == pytest.approx(weight) and n == 270 and loss == pytest.approx(least, rel=1e-7, abs=1e-5)
+        wrong.append(probe.error_rate((train[held_out] @ best.T).argmax(1), truth[held_out], per_class))
+    chosen = int(np.argmin(wrong))  # the first, which is the weakest
+    assert len(fits) == 46 and wrong.count(min(wrong)) > 1 and len(set(wrong)) > 2
+    weight, loss, n, start, _ = fits[-1]
+    best, least = minimum(train, truth, weight)
+    assert weight == pytest.approx(np.logspace(-6, 5, 45)[chosen]) and n == 300
+    assert loss == pytest.approx(least, rel=1e-7, abs=1e-5) and start is fits[chosen][-1]
+    assert all(after[3] is before[4] for before, after in zip(fits[:44], fits[1:45], strict=True))
+    expected = probe.error_rate((test @ best.T).argmax(1), test_labels.numpy(), per_class)
+    assert error == pytest.approx(expected, abs=1e-9) and 0 < expected < 0.6
 
 
 @pytest.mark.parametrize("images_of, held_out_of", [
-    ([50, 30, 20], [10, 6, 4]), ([2, 2, 2], [1, 1, 1]), ([30, 1, 20], [6, 0, 4]), ([3, 0, 4], [1, 0, 1])])
-def test_a_fifth_of_each_class_is_held_out_and_a_class_of_one_image_is_fitted(images_of, held_out_of, monkeypatch):
+    ([50, 30, 20], [5, 3, 2]), ([2, 2, 2], [1, 1, 1]), ([30, 1, 20], [3, 0, 2]), ([3, 0, 4], [1, 0, 1])])
+def test_a_tenth_of_each_class_is_held_out_and_a_class_of_one_image_is_fitted(images_of, held_out_of):
     labels = torch.arange(3).repeat_interleave(torch.tensor(images_of))
-    fits, validated = [], []
+    held_out = probe.hold_out(labels, 0.1, seed=0)
+    assert labels[held_out].bincount(minlength=3).tolist() == held_out_of
+    assert torch.equal(held_out, probe.hold_out(labels, 0.1, seed=0))
+    assert sum(images_of) < 50 or not torch.equal(held_out, probe.hold_out(labels, 0.1, seed=1))
 
-    class Recorder:
-        def __init__(self, **settings):
-            pass
 
-        def set_params(self, **settings):
-            return self
-
-        def fit(self, features, labels):
-            fits.append(features[:, 0].tolist())
-            return self
-
-        def predict(self, features):
-            validated.append(features[:, 0].astype(int).tolist())
-            return np.zeros(len(features), dtype=int)
-
-    monkeypatch.setattr(probe, "LogisticRegression", Recorder)
-    numbered = torch.arange(float(len(labels)))[:, None]
-    run("linear", Representation("a.ckpt", "planted", "mu", (numbered, None), (numbered, None)), labels, labels)
-    assert labels[validated[0]].bincount(minlength=3).tolist() == held_out_of
-    assert sorted([*fits[0], *validated[0]]) == fits[-1] == list(range(len(labels)))  # all, for the last fit
+def test_a_validation_split_of_the_data_is_what_chooses_and_absent_classes_are_never_predicted(monkeypatch):
+    representation, labels, test_labels = planted(5.0, -8.0, n=90, features="mu")
+    seen, fit = [], probe.fit_linear
+    monkeypatch.setattr(probe, "fit_linear", lambda weights, features, *rest: (
+        seen.append((len(features), len(weights))), fit(weights, features, *rest))[1])
+    own = torch.arange(90) >= 60
+    assert run("linear", representation, 2 * labels, 2 * test_labels, validation=own) == [0.0]
+    assert seen == 45 * [(60, 3)] + [(90, 3)]
 
 
 def test_a_strong_weight_is_chosen_where_features_are_noise():

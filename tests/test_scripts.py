@@ -255,8 +255,9 @@ def test_stl_trains_and_is_probed_like_any_other(stl_trained):
     assert found == [*trained, *[(None, name, None) for name in rest]]
     assert all(row["passes"] == 1 and row["error_std"] == 0 for row in rows)
     assert all(row["error_mean"] < 0.6 for row in rows if row["checkpoint"] is None)
-    assert "L-BFGS, 100 iterations" in results["probe"].stdout
-    assert "L2 weight of 45 from 1e-06 to 100000 chosen on 20% of the labels, refit on all" in results["probe"].stdout
+    assert ("L-BFGS, at most 5,000 iterations, until no gradient is above 0.0001, unscaled features, summed loss, "
+            "L2 weight (of the bias too) of 45 from 1e-06 to 100000 chosen on 10% of the labels, refit on all"
+            ) in results["probe"].stdout
 
 
 def test_the_size_of_a_checkpoint_is_known_before_training(trained, stl_trained):
