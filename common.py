@@ -391,6 +391,8 @@ def load_folder(folder, split, data_dir, image_size, limit=None):
 def load_files(files, classes, folder, split, data_dir, image_size, limit=None, resampling="BILINEAR"):
     """Images of [(path, label or None)], resized and cropped to squares. They are cached beside the folder, or in
     data_dir where nothing can be written there; only files that are new or have changed are decoded again."""
+    if not files:
+        raise UserError(f"'{folder}' lists no images to {'test' if split == 'test' else 'train'} on")
     files = files[:limit]
     part = f"{'test' if split == 'test' else 'train'}-{image_size}{f'-first{limit}' if limit else ''}"
     places = [folder.resolve().parent, Path(data_dir).resolve()]

@@ -331,7 +331,7 @@ def variance_shares(data, features, by_map, by_t, noise):
     w, a, u = within(features), within(features - by_t), within(features - by_map)
     moved = (noise if data.every else w) / data.per_image
     means = features.mean(1, dtype=torch.float64)
-    least = 1e-12 * (means.square().sum(1) + w).mean() + 1e-30  # rounding of a constant
+    least = 1e-12 * (means.square().sum(1) + w).mean() + 1e-300  # rounding of a constant
     means = means - means.mean(0)
     sharing = (means[::2] - means[1::2]).square().sum(1).repeat_interleave(2) / 2
 
@@ -394,7 +394,8 @@ def movement(data, x, tx):
     def ratio(w):
         w = w / w.sum(1, keepdim=True)
         variance = w @ x.square().sum(1) - (w @ x).square().sum(1)
-        return w @ moved / (2 * variance * len(x) / (len(x) - 1)).clamp(min=1e-12)
+        apart = 2 * variance / (1 - w.square().sum(1)).clamp(min=1e-9)  # of two images that are not the same one
+        return w @ moved / apart.clamp(min=1e-12 * x.square().sum(1).mean().item())
 
     return data.with_interval(ratio)
 
@@ -425,7 +426,8 @@ def composition(data, act, x, by_map, features, twice=None):
         following = data.joined_targets()[1].unflatten(0, (data.n, -1)).roll(-1, 1).flatten(0, 1)
         errors = [error(after(following), twice.unflatten(0, (data.n, -1)))]
     own = error(by_map, features)
-    return {name: data.with_interval(lambda w, e=e: w @ e / (w @ own).clamp(min=1e-12))
+    least = 1e-12 * own.mean().item() + 1e-300
+    return {name: data.with_interval(lambda w, e=e: w @ e / (w @ own).clamp(min=least))
             for name, e in zip(COMPOSITION, errors, strict=False)}
 
 
@@ -561,6 +563,10 @@ def measure(data, original, transformed, twice, learned, device):
     of learned maps `predict`, what reads the code, and the test features (n * T, D) that `predict` is to predict."""
     x, test_x = original.draw("train")[data.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
+    for features in (test_x, test_tx):
+        if bool((features == features[0]).all()):
+            raise UserError(f"{original.checkpoint or original.method} has the same features for all images: there is "
+                            "nothing to measure")
     candidates = test_tx.unflatten(0, (data.n, data.per_image))
     act, by_map, by_t = fit_maps(data, x, tx, test_x, device)
     logvar = transformed.logvar["test"] if transformed.sampled else torch.full((len(test_tx), 1), -torch.inf)
@@ -693,13 +699,14 @@ def probe_equivariance(args, device):
         "f(x) and t; of that a part from t alone, the same for all images; the rest is unexplained; the three sum to 1",
         "prediction: from the features of x and t(x) and their products, without which the two cannot be compared, of "
         "t(x) alone, or from the method's code of t; R² of 1 is perfect, of 0 the training mean",
-        "MRR, H@1: f(t(x)) predicted from f(x) and t, ranked by cosine among those of all transformations of the "
-        "same image; by a ridge regression on f(x), t and their products, or (its ...) by the method's own map; excess "
-        "H@1: over that of a ridge regression on t alone",
+        "MRR (mean reciprocal rank), H@1 (found first): f(t(x)) predicted from f(x) and t, ranked by cosine among "
+        "those of all transformations of the same image; by a ridge regression on f(x), t and their products, or (its "
+        "...) by the method's own map; excess H@1: over that of a ridge regression on t alone",
         *["does the map compose: mean squared errors over the ridge map's own: the map of t2 after that of t1, against "
           "f(t2(t1(x))); for quarter turns also against the map of both, and a turn four times against f(x)"]
         * any(question(row) == "composition" for row in rows),
-        *[f"block by block: averaged over the image's four quarters; k-NN on {len(images):,} labels"] * args.layers,
+        *[f"block by block: averaged over the image's four quarters; k-NN on {len(images):,} labels"]
+        * any(str(row["features"]).startswith("block") for row in rows),
         "moved: mean |f(t(x)) - f(x)|² over mean |f(x) - f(x')|²; 0 is invariant",
         *["controls: a small untrained network's features over the four quarter turns of the image, stacked (exactly "
           "steerable under rotation) and averaged (exactly invariant)"] * (args.rows != "checkpoints"),
@@ -790,10 +797,11 @@ def parse_args():
         "rotation always")
     add("--layers", action="store_true",
         help="also the shares, and the k-NN error, after each block of the encoders; twice the time")
-    add("--images", type=number(int, 10), default=300, metavar="N", help="test images")
-    add("--per-image", type=number(int, 10), default=60, metavar="N",
+    add("--images", type=number(int, 10, 10**6), default=300, metavar="N", help="test images")
+    add("--per-image", type=number(int, 10, 10**6), default=60, metavar="N",
         help="transformations of each test image, the candidates in retrieval; of rotation all 4")
-    add("--pairs", type=number(int, 10), default=4000, metavar="N", help="training pairs for the ridge regressions")
+    add("--pairs", type=number(int, 10, 10**6), default=4000, metavar="N",
+        help="training pairs for the ridge regressions")
     return parser.parse_args()
 
 

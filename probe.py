@@ -82,6 +82,7 @@ LINEAR_ITERATIONS, LINEAR_GRADIENT, LINEAR_VALIDATION = 5000, 1e-4, 0.1  # the g
 PER_CLASS = ("pets", "flowers102", "caltech101", "aircraft")  # STL's errors there are means over classes
 LINEAR_PIXELS = 10_000_000  # labels x dimensions; raw pixels beyond it are left out: 46 fits would take long
 CALIBRATION_IMAGES, ENCODE_PIXELS = 2048, 500 * 32**2  # pixels of a batch
+LARGEST_FEATURE = 1e17  # whose square float32 can still sum
 CLASSIFIERS = {
     "mlp": ("MLP", f"2048-2048-classes, Adam {MLP_LR:g}, batch {MLP_BATCH}, standardised features"),
     "knn": ("k-NN", f"K = {NEIGHBOURS}, uniform weights, Euclidean distance, unscaled features"),
@@ -118,8 +119,10 @@ class Representation:
         self.checkpoint, self.method, self.features, self.network = checkpoint, method, features, network
         self.mu, self.logvar = {"train": train[0], "test": test[0]}, {"train": train[1], "test": test[1]}
         self.sampled = features == "sample"
-        if not all(bool(self.draw(split).isfinite().all()) for split in ("train", "test")):
-            raise UserError(f"the features of {checkpoint or method} are not finite: its weights are broken")
+        largest = max(self.draw(split).abs().max().item() for split in ("train", "test"))  # NaN stays NaN
+        if not largest < LARGEST_FEATURE:
+            raise UserError(f"the features of {checkpoint or method} are not finite, or above {LARGEST_FEATURE:g}: its "
+                            "weights are broken")
 
     def draw(self, split):
         mu, logvar = self.mu[split], self.logvar[split]
@@ -208,7 +211,12 @@ def load_foreign(name, weights, image_size, mean, std):
             spec.loader.exec_module(module)
             encoder, theirs = getattr(module, kind)(), (None, None, None)
         if weights is not None:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            if not Path(weights).is_file():
+                raise UserError(f"there is no file '{weights}'")
+            try:
+                state = dict(torch.load(weights, map_location="cpu", weights_only=True))
+            except Exception as error:
+                raise UserError(f"'{weights}' holds no state dict of tensors that can be read") from error
             state = {key: value for key, value in state.items() if head is None or not key.startswith(f"{head}.")}
             load_weights(encoder, state, weights)
         size, mean, std = (given or found for given, found in zip((image_size, mean, std), theirs, strict=True))
@@ -220,10 +228,11 @@ def load_foreign(name, weights, image_size, mean, std):
         raise
     except ModuleNotFoundError as error:
         raise UserError(f"{name} takes a package that is not here: pip install {error.name}", exit_code=2) from error
-    except Exception as error:  # whatever is wrong in the code, the network or the weights of others
+    except (Exception, SystemExit) as error:  # whatever is wrong in the code, the network or the weights of others
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(f"{name} cannot be loaded and run ({type(error).__name__}: {reason[:200]})") from error
-    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 2:
+    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 2 or not features.numel() \
+            or not features.is_floating_point():
         found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise UserError(f"{name} returns {found} of 2 images: features (N, D), a tensor, are needed")
     config = {"encoder": "nin" if size <= 64 else "resnet18", "probabilistic": False,  # beside it, untrained
@@ -240,13 +249,14 @@ def load_checkpoints(args):
             given[-1] = given[-1][0], path
         else:
             given.append((path, None))
-    names = [Path(path).name for path, _ in given]
-    names = names if len(set(names)) == len(names) else [path for path, _ in given]
+    names = [" ".join(Path(part).name for part in parts if part) for parts in given]
+    names = names if len(set(names)) == len(names) else [" ".join(filter(None, parts)) for parts in given]
+    if len(set(names)) < len(names):
+        raise UserError(f"'{max(names, key=names.count)}' is given twice", exit_code=2)
     for name, (path, weights) in zip(names, given, strict=True):
         if is_foreign(path):
             torch.manual_seed(args.seed)  # of weights, where it is untrained
             one = load_foreign(path, weights, args.image_size, args.mean, args.std)
-            name = f"{name} {Path(weights).name}" if weights else name
         else:
             checkpoint = load_checkpoint(path)
             one = checkpoint, load_encoder(checkpoint, path)
@@ -516,6 +526,10 @@ def choose_subsets(labels, sizes, seed, dataset):
     notes = [f"{size:,} labels are left out: {dataset} has not so many in equal shares of its classes"
              for size, subset in subsets.items() if subset is None]
     subsets = {size: subset for size, subset in subsets.items() if subset is not None}
+    classes = len(labels.unique())
+    if sizes and max(sizes) < classes:
+        raise UserError(f"--train-sizes {max(sizes)} is less than an image for each of the {classes} classes of "
+                        f"{dataset}: give larger ones", exit_code=2)
     if not subsets:
         subsets = {len(labels): torch.arange(len(labels))}
         notes += [f"all {len(labels):,} training images are used instead"] if sizes else []
@@ -551,11 +565,10 @@ def transfer(args, device):
         try:
             if name not in NAMED and Path(name).is_dir():
                 raise UserError(f"the folder '{name}' that is here has its name")
-            data = load_splits(args, checkpoints, name)
+            of_set, _, about = evaluate(args, device, checkpoints, name, *load_splits(args, checkpoints, name))
         except UserError as error:
             left_out.append(f"{name} is left out: {error}")
             continue
-        of_set, _, about = evaluate(args, device, checkpoints, name, *data)
         rows, notes = rows + of_set, notes + about
     if not rows:
         raise UserError("; ".join(left_out))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, choose_device, image_statistics, keep_freed_memory, load_images, positive_int, run_command
 from minter_warp import normalization, sample_crops, warp_batch
 
-BATCH = 128
+BATCH = 256
 
 
 def parse_args():
@@ -27,6 +27,7 @@ def parse_args():
     parser.add_argument("--dataset", default="cifar10", help="digits, cifar10, stl10, or a folder with classes")
     parser.add_argument("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
     parser.add_argument("--image-size", type=positive_int, default=32)
+    parser.add_argument("--limit", type=positive_int, help="train on the first so many images")
     parser.add_argument("--epochs", type=positive_int, default=4)
     parser.add_argument("--output", default="resnet18.pt", help="a state dict")
     return parser.parse_args()
@@ -35,12 +36,13 @@ def parse_args():
 def main():
     args, device = parse_args(), choose_device("auto")
     keep_freed_memory()
-    train, test = (load_images(args.dataset, split, args.data_dir, args.image_size) for split in ("train", "test"))
+    train = load_images(args.dataset, "train", args.data_dir, args.image_size, args.limit)
+    test = load_images(args.dataset, "test", args.data_dir, args.image_size)
     normal = normalization(*image_statistics(args.dataset, train.images), device)
     images, labels = train.images.to(device), train.labels.to(device)
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(0)
-    model = resnet18(num_classes=len(train.classes)).to(device)
+    model = resnet18(num_classes=len(train.classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, args.epochs * steps)

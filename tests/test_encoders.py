@@ -35,6 +35,32 @@ class Pair(nn.Module):
 
 def broken():
     raise KeyError("no such layer")
+
+def leaving():
+    raise SystemExit
+
+class Changed(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, images):
+        return self.change(images.flatten(1))
+
+def tiny():
+    return Changed(lambda pixels: 2.0**-40 * pixels)
+
+def huge():
+    return Changed(lambda pixels: 1e30 * pixels)
+
+def constant():
+    return Changed(torch.ones_like)
+
+def whole():
+    return Changed(lambda pixels: pixels.long())
+
+def nothing():
+    return Changed(lambda pixels: pixels[:, :0])
 """
 
 
@@ -103,6 +129,23 @@ def test_a_function_in_a_file_is_measured_as_what_it_returns(folder, monkeypatch
     assert any(row["method"] == "random encoder (nin)" for row in rows)  # untrained, beside it
 
 
+def test_the_scale_of_features_changes_no_measure(folder, monkeypatch):
+    for family in ("rotation", "translation"):
+        rows = evaluate(equivariance, monkeypatch, "nets.py:pixels", "nets.py:tiny", *DIGITS, *FEW, "--compose",
+                        "--transformations", family, "--rows", "checkpoints")
+        of = [[row for row in rows if row["method"] == method] for method in ("pixels", "tiny")]
+        assert len(of[0]) == len(of[1]) > 20
+        for one, other in zip(*of, strict=True):
+            for name in ("value", "low", "high"):
+                assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), one
+
+
+def test_the_interval_of_how_far_features_move_holds_it(folder, monkeypatch):
+    rows = evaluate(equivariance, monkeypatch, "nets.py:pixels", *DIGITS, *FEW, "--transformations", "translation")
+    moved = [row for row in rows if row["measure"] == "moved"]
+    assert len(moved) > 3 and all(row["low"] < row["value"] < row["high"] for row in moved)
+
+
 def test_a_file_of_weights_belongs_to_the_encoder_before_it(folder, monkeypatch):
     weights = {"1.weight": torch.randn(5, 192), "1.bias": torch.zeros(5)}
     torch.save(weights, "w.pt")
@@ -117,6 +160,13 @@ def test_a_file_of_weights_belongs_to_the_encoder_before_it(folder, monkeypatch)
     (first, untrained), (again, same), (_, other) = map(load, "110")
     assert torch.equal(first, weights["1.weight"]) and torch.equal(again, first) and not torch.equal(first, untrained)
     assert torch.equal(untrained, same) and not torch.equal(untrained, other)  # the seed's
+    (folder / "a").mkdir(), (folder / "b").mkdir()
+    for place in "ab":
+        torch.save(weights, f"{place}/w.pt")
+    names = ["nets.py:linear", "a/w.pt", "nets.py:linear", "b/w.pt"]
+    monkeypatch.setattr(sys, "argv", ["probe.py", *names, *DIGITS])
+    loaded, _ = probe.load_checkpoints(probe.parse_args())
+    assert [name for name, *_ in loaded] == ["nets.py:linear a/w.pt", "nets.py:linear b/w.pt"]  # a row each
 
 
 @pytest.mark.parametrize("encoder, flags, code, says", [
@@ -126,7 +176,14 @@ def test_a_file_of_weights_belongs_to_the_encoder_before_it(folder, monkeypatch)
     (["nets.py:broken"], DIGITS, 1, "cannot be loaded and run (KeyError: 'no such layer')"),
     (["nets.py:absent"], DIGITS, 1, "has no attribute 'absent'"),
     (["none.py:build"], DIGITS, 1, "none.py:build cannot be loaded and run (FileNotFoundError"),
-    (["nets.py:linear", "nets.pt"], DIGITS, 1, "No such file or directory: 'nets.pt'"),
+    (["nets.py:linear", "nets.pt"], DIGITS, 1, "there is no file 'nets.pt'"),
+    (["nets.py:linear", "text.pt"], DIGITS, 1, "'text.pt' holds no state dict"),
+    (["nets.py:leaving"], DIGITS, 1, "nets.py:leaving cannot be loaded and run (SystemExit"),
+    (["nets.py:whole"], DIGITS, 1, "features (N, D), a tensor, are needed"),
+    (["nets.py:nothing"], DIGITS, 1, "nets.py:nothing returns (2, 0) of 2 images"),
+    (["nets.py:huge"], DIGITS, 1, "the features of nets.py:huge are not finite, or above 1e+17"),
+    (["nets.py:constant"], DIGITS, 1, "nets.py:constant has the same features for all images"),
+    (["nets.py:pixels", "nets.py:pixels"], DIGITS, 2, "'nets.py:pixels' is given twice"),
     (["nets.py:pixels"], DIGITS[2:], 2, "names no data: --dataset gives the images to evaluate on"),
     (["nets.py:pixels"], DIGITS[:2], 2, "does not say what images it takes: give --image-size, --mean and --std"),
     (["nets.py:pixels"], [*DIGITS, "--std", "0", "1", "1"], 2, "'0' is not a number"),
@@ -138,6 +195,7 @@ def test_what_is_no_encoder_is_one_sentence(folder, monkeypatch, encoder, flags,
     def no_network(*_, **__):
         raise URLError("no network")
 
+    (folder / "text.pt").write_text("no weights")
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     refused("equivariance.py", *encoder, *flags, *FEW, cwd=folder, code=code, says=says)

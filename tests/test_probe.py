@@ -177,6 +177,8 @@ def test_sizes_that_the_data_cannot_give_are_left_out_with_a_note():
     labels = torch.arange(100) % 2
     subsets, notes = choose_subsets(labels, [50000, 40, 10, 10], 0, "pets")
     assert list(subsets) == [40, 10] and len(notes) == 1 and "50,000" in notes[0] and "left out" in notes[0]
+    with pytest.raises(UserError, match="--train-sizes 2 is less than an image for each of the 3 classes of pets"):
+        choose_subsets(torch.arange(9) % 3, [2, 1], 0, "pets")
     subsets, notes = choose_subsets(labels, [50000, 5000], 0, "pets")
     assert list(subsets) == [100] and "all 100 training images are used" in notes[-1]
 

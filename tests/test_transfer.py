@@ -240,8 +240,11 @@ def test_a_set_that_is_not_to_be_had_is_one_sentence(dataset, tmp_path):
 
 def test_the_table_of_transfer(tmp_path, monkeypatch, capsys):
     untrained(tmp_path / "a.ckpt")
-    for dataset in ("cifar100", "flowers102", "mit67", "caltech101"):
+    for dataset in ("cifar100", "flowers102", "mit67", "caltech101", "dtd"):
         make(dataset, tmp_path, monkeypatch)
+    for part in ("train", "val"):  # of one class: what fails while it is evaluated takes no other set with it
+        path = tmp_path / f"dtd/dtd/labels/{part}1.txt"
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if line.startswith("banded")))
     args = command(monkeypatch, tmp_path / "a.ckpt", "--transfer", "all", "--data-dir", tmp_path, "--features", "mu",
                    "--json", tmp_path / "a.json")
     monkeypatch.setattr(sys, "stderr", sys.__stderr__)
@@ -264,6 +267,13 @@ def test_the_table_of_transfer(tmp_path, monkeypatch, capsys):
             in shown)
     assert "mit67: 6 training images, the L2 weight of linear chosen on 12.5% of them; 4 test images" in shown
     assert "both are drawn with seed 0, as it has no splits" in shown and shown.count("L-BFGS, at most 5,000") == 1
+
+
+def test_a_list_without_images_is_one_sentence(tmp_path, monkeypatch):
+    make("mit67", tmp_path, monkeypatch)
+    (tmp_path / "mit67/TestImages.txt").write_text("")
+    with pytest.raises(UserError, match="mit67' lists no images to test on"):
+        common.load_images("mit67", "test", tmp_path)
 
 
 def test_wrong_commands_of_transfer(tmp_path, monkeypatch):
