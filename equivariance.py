@@ -563,10 +563,6 @@ def measure(data, original, transformed, twice, learned, device):
     of learned maps `predict`, what reads the code, and the test features (n * T, D) that `predict` is to predict."""
     x, test_x = original.draw("train")[data.train_index], original.draw("test")
     tx, test_tx = transformed.draw("train"), transformed.draw("test")
-    for features in (test_x, test_tx):
-        if bool((features == features[0]).all()):
-            raise UserError(f"{original.checkpoint or original.method} has the same features for all images: there is "
-                            "nothing to measure")
     candidates = test_tx.unflatten(0, (data.n, data.per_image))
     act, by_map, by_t = fit_maps(data, x, tx, test_x, device)
     logvar = transformed.logvar["test"] if transformed.sampled else torch.full((len(test_tx), 1), -torch.inf)
@@ -593,7 +589,8 @@ def measure(data, original, transformed, twice, learned, device):
     if twice or data.every:
         measured = composition(data, act, test_x, by_map, candidates, twice and twice.draw("test"))
         rows += [{"measure": name, "map": "ridge", **interval} for name, interval in measured.items()]
-    return [*rows, {"measure": "moved", **movement(data, test_x, test_tx)}]
+    apart = bool((test_x != test_x[0]).any())  # else there is nothing to compare with
+    return [*rows, *[{"measure": "moved", **movement(data, test_x, test_tx)}] * apart]
 
 
 def probe_equivariance(args, device):
@@ -632,6 +629,8 @@ def probe_equivariance(args, device):
             represented = [splits and Representation(name, method, kind, *splits) for splits in (x, tx, twice)]
             learned = [(*maps, Representation(name, method, kind, wanted, wanted).draw("test"))] if maps[0] else []
             row = described(data, name, method, kind)
+            if not any(bool((values != values[0]).any()) for values in (x[1][0], tx[1][0])):
+                raise UserError(f"{name or method} has the same features for all images: there is nothing to measure")
             yield from ({**row, **found} for found in measure(data, *represented, learned, device))
 
     def described(data, name, method, kind):
