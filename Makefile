@@ -130,22 +130,22 @@ lint: setup
 # All five rows of VTE's tables and STL on 1,442 digits of 12 x 12 pixels: to see them learn, not to compare them.
 DEMO := --dataset digits --image-size 12
 FAST := $(DEMO) --recipe fast
-PHASE_TWO := $(FAST) --pretrained $(RUNS)/pt.ckpt --epochs 5
+PHASE_TWO := $(FAST) --pretrained $(RUNS)/pt.ckpt --epochs 4
 TRAINED := $(addprefix $(RUNS)/,avt.ckpt pt.ckpt vte_ba.ckpt vte_infonce1.ckpt vte_infonce2.ckpt stl.ckpt)
 
 demo: setup
 	rm -rf $(RUNS)
-	$(BIN)/python predictive_transform.py $(FAST) --epochs 19 --output $(RUNS)/pt.ckpt
-	$(BIN)/python avt.py $(FAST) --epochs 18 --output $(RUNS)/avt.ckpt
+	$(BIN)/python predictive_transform.py $(FAST) --epochs 15 --output $(RUNS)/pt.ckpt
+	$(BIN)/python avt.py $(FAST) --epochs 17 --output $(RUNS)/avt.ckpt
 	$(BIN)/python vte_ba.py $(PHASE_TWO) --output $(RUNS)/vte_ba.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic separated --output $(RUNS)/vte_infonce1.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic concatenated --output $(RUNS)/vte_infonce2.ckpt
-	$(BIN)/python stl.py $(DEMO) --encoder nin --batch-size 128 --epochs 3 --output $(RUNS)/stl.ckpt
+	$(BIN)/python stl.py $(DEMO) --encoder nin --batch-size 128 --epochs 2 --output $(RUNS)/stl.ckpt
 	$(BIN)/python study/figures.py curves $(TRAINED:.ckpt=.jsonl) --output $(RUNS)/curves.png
 	$(BIN)/python study/figures.py decoded $(RUNS)/avt.ckpt --output $(RUNS)/decoded.png
 	$(BIN)/python probe.py $(TRAINED) --features mu --classifiers knn logistic --train-sizes 100 50 \
 	    --json $(RUNS)/probe.json --markdown $(RUNS)/probe.md
-	$(BIN)/python equivariance.py $(TRAINED) --transformations projective --images 60 --per-image 30 --pairs 1000 \
+	$(BIN)/python equivariance.py $(TRAINED) --transformations projective --images 40 --per-image 30 --pairs 800 \
 	    --json $(RUNS)/equivariance.json --markdown $(RUNS)/equivariance.md
 	@echo "pictures: $(RUNS)/decoded.png (t, as AVT decodes it) and $(RUNS)/curves.png; tables: $(RUNS)/*.md"
 	@echo "VTE-BA explained hardly any of phase one's z: z is mostly t here, and VTE-BA sees x alone. Its features learned."
