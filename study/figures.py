@@ -110,7 +110,7 @@ def draw_curves(args):
             above.set_ylim(0, 1.5 * rows[0].get("constant_predictor", 4))
         above.set_title(METHODS.get(method, method), fontsize=11)
         above.set_ylabel(SHOWN[name] if name != "inv" else "losses")
-        above.margins(y=0.25)  # room for the legend
+        above.margins(y=0.6 if name == "inv" else 0.25)  # room for the legend
         above.legend(fontsize=8, framealpha=0.6)
         for name in (name for name in BELOW if name in rows[0]):
             style = "-" if name in ("z_std", "code_spread") else "--"
