@@ -119,8 +119,7 @@ class Representation:
         self.checkpoint, self.method, self.features, self.network = checkpoint, method, features, network
         self.mu, self.logvar = {"train": train[0], "test": test[0]}, {"train": train[1], "test": test[1]}
         self.sampled = features == "sample"
-        largest = max(self.draw(split).abs().max().item() for split in ("train", "test"))  # NaN stays NaN
-        if not largest < LARGEST_FEATURE:
+        if not all(bool((self.draw(split).abs() < LARGEST_FEATURE).all()) for split in ("train", "test")):  # nor NaN
             raise UserError(f"the features of {checkpoint or method} are not finite, or above {LARGEST_FEATURE:g}: its "
                             "weights are broken")
 

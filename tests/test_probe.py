@@ -247,6 +247,9 @@ def test_broken_weights_are_named():
         Representation("a.ckpt", "vte_ba", "mu", (mu / 0, mu), (mu, mu))
     with pytest.raises(UserError, match="not finite"):
         Representation("a.ckpt", "vte_ba", "sample", (mu, mu + 1000), (mu, mu))
+    for broken in (mu / 0, mu + torch.inf, mu - 1e20):  # of the test images alone
+        with pytest.raises(UserError, match="not finite"):
+            Representation("a.ckpt", "vte_ba", "mu", (mu, mu), (broken, mu))
 
 
 ROW = {"checkpoint": "a.ckpt", "method": "stl", "features": None, "classifier": "linear", "error_mean": 0.25,
