@@ -3,7 +3,7 @@
 #   make -f study/study.mk vte DATA=stl10          its Table 4
 #   make -f study/study.mk stl DATA=stl10          STL, its SimCLR base, with AugMix, labels in place of its codes
 #   make -f study/study.mk stl SCALE=small DATA=data/cifar10-jpg SEEDS=0 \
-#       METHODS="stl inv equi without_inv without_equi without_trans"      its ablations, which must be asked for
+#       METHODS="stl equi without_inv without_equi without_trans"      its ablations, which must be asked for
 #   make -f study/study.mk vte SCALE=small DATA=data/cifar10-jpg SEEDS="0 1"
 #   make -f study/study.mk vte-tables SCALE=small  into results/ and the pages what is finished so far
 #
@@ -44,15 +44,16 @@ SCRIPT.mean_target = vte_ba.py --mean-target
 SCRIPT.stl = stl.py
 SCRIPT.simclr = stl.py --equi 0 --trans 0 --batch independent
 SCRIPT.augmix = stl.py --augmix
-# Labels need no pairs, and their papers have none: ordinary batches, as for SimCLR. The ablations have STL's pairs.
-SCRIPT.labels = stl.py --code labels --batch independent
-SCRIPT.predicted = stl.py --code predicted --batch independent
+# Labels need no pairs, and their papers have none, but batches decide as much as codes do: these two have STL's pairs,
+# and so has inv, SimCLR's loss on them. All else is then equal.
+SCRIPT.labels = stl.py --code labels
+SCRIPT.predicted = stl.py --code predicted
 SCRIPT.inv = stl.py --equi 0 --trans 0
 SCRIPT.equi = stl.py --inv 0 --trans 0
 SCRIPT.without_inv = stl.py --inv 0
 SCRIPT.without_equi = stl.py --equi 0
 SCRIPT.without_trans = stl.py --trans 0
-ABLATIONS = inv equi without_inv without_equi without_trans
+ABLATIONS = equi without_inv without_equi without_trans
 PHASE_TWO = vte_ba vte_infonce1 vte_infonce2 steerable mean_target
 CONTROLS = random_ba random_infonce1 random_infonce2
 before = $(if $(filter $(PHASE_TWO),$(1)),pt)
@@ -60,7 +61,7 @@ group = $(if $(filter $(PHASE_TWO) $(CONTROLS),$(1)),phase_two,$(if $(filter $(A
 
 # Families: methods and classifiers.
 ALL.vte = avt pt $(PHASE_TWO) $(CONTROLS)
-ALL.stl = stl simclr augmix labels predicted $(ABLATIONS)
+ALL.stl = stl simclr inv predicted labels augmix $(ABLATIONS)
 CLASSIFIERS.vte = mlp knn logistic
 CLASSIFIERS.stl = knn linear
 
@@ -76,16 +77,17 @@ LEFT_OUT.full = $(ABLATIONS)
 SEEDS.small = 0 1
 LIMIT.small.vte = 10000
 LIMIT.small.stl = 5000
+SIZE.small.stl = 16
 TRAIN.small.predictors = --limit $(LIMIT) --epochs 14 --batch-size 64 --lr 5e-4
 TRAIN.small.phase_two = --limit $(LIMIT) --epochs 8 --batch-size 128 --lr 5e-4
-TRAIN.small.stl = --encoder nin --limit $(LIMIT) --epochs 6 --batch-size 128
+TRAIN.small.stl = --encoder nin --image-size $(SIZE) --limit $(LIMIT) --epochs 6 --batch-size 128
 LABELS.small = --train-sizes 5000 500
 EQUIVARIANCE.small.vte = --images 100 --pairs 2000
 EQUIVARIANCE.small.stl = --transformations crop+colour projective --images 100 --pairs 2000
 LEFT_OUT.small = steerable mean_target $(ABLATIONS)
 
 SEEDS.paired = 0 1 2 3 4
-SIZE.paired = 16
+SIZE.paired.vte = 16
 LIMIT.paired.vte = 19200
 TRAIN.paired.predictors = --image-size $(SIZE) --limit $(LIMIT) --epochs 2 --batch-size 64 --recipe fast
 TRAIN.paired.phase_two = --image-size $(SIZE) --limit $(LIMIT) --epochs 1 --batch-size 64 --recipe fast
@@ -102,12 +104,12 @@ TRAIN.tiny.stl = --encoder nin --limit $(LIMIT) --epochs 1 --batch-size 32
 LABELS.tiny = --train-sizes 100 20
 EQUIVARIANCE.tiny.vte = --images 20 --per-image 12 --pairs 50
 EQUIVARIANCE.tiny.stl = --transformations crop+colour $(EQUIVARIANCE.tiny.vte)
-LEFT_OUT.tiny = $(ABLATIONS)
+LEFT_OUT.tiny = inv $(ABLATIONS)
 
 # The study that is asked for, its folder, and its parts: FOLDER/seed0/pt.done, FOLDER/seed0/pt-labels.json, ...
 FAMILY := $(if $(filter stl%,$(MAKECMDGOALS)),stl,vte)
 LIMIT = $(LIMIT.$(SCALE).$(FAMILY))
-SIZE = $(SIZE.$(SCALE))
+SIZE = $(SIZE.$(SCALE).$(FAMILY))
 NAME := $(FAMILY:vte=)$(if $(filter stl,$(FAMILY)),-)$(or $(filter stl10 digits,$(DATA)),cifar10)-$(SCALE)
 FOLDER := $(RUNS)/$(NAME:-full=)
 WANTED := $(or $(METHODS),$(filter-out $(LEFT_OUT.$(SCALE)),$(ALL.$(FAMILY))))
