@@ -67,11 +67,8 @@ bench: setup
 
 TRAINING := $(BIN)/python benchmarks/train.py
 bench-train: setup
-	$(TRAINING) step --output results/train-cpu.json
-	MINTER_KEEP_MEMORY=0 $(TRAINING) step --output results/train-cpu-memory-not-kept.json
-	$(TRAINING) compile --output results/train-compile-cpu.json
-	$(TRAINING) probe --output results/probe-times-cpu.json
-	MINTER_KEEP_MEMORY=0 $(TRAINING) probe --output results/probe-times-cpu-memory-not-kept.json
+	$(TRAINING) --output results/train-cpu.json
+	MINTER_KEEP_MEMORY=0 $(TRAINING) --output results/train-cpu-memory-not-kept.json
 
 # Where nothing can be installed: make -o setup bench-gpu BIN=/the/folder/of/its/python. INTO has what was measured so
 # far, whatever ends it.
@@ -95,8 +92,7 @@ bench-gpu-warp: setup
 	$(BIN)/python benchmarks/warp.py --device cuda --output $(INTO)/warp-$(GPU).json
 
 bench-gpu-train: setup
-	$(TRAINING) step --device cuda --steps 200 --output $(INTO)/train-$(GPU).json
-	$(TRAINING) compile --device cuda --steps 200 --output $(INTO)/train-compile-$(GPU).json
+	$(TRAINING) --device cuda --steps 200 --output $(INTO)/train-$(GPU).json
 
 # The studies (study/study.mk has the rest): stopped and called again, these go on. `make -k -j3 reproduce` on a GPU;
 # `timeout 9m make reproduce SEEDS=0` for nine minutes of one seed. DATA=DIR takes CIFAR-10 as files.

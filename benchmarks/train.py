@@ -1,17 +1,14 @@
-"""Where the time of a training step goes, for each script; and the two costly parts of the probe.
+"""Where the time of a training step goes, for each script.
 
-    python benchmarks/train.py step --output results/train-cpu.json             whole step, ceiling, usual pipeline
-    python benchmarks/train.py compile --output results/train-compile-cpu.json  eager, torch.compile; on a GPU also CUDA
-                                                                                graphs, and the cost of --deterministic
-    python benchmarks/train.py probe --output results/probe-times-cpu.json      encoding, and an MLP on features
+    python benchmarks/train.py --output results/train-cpu.json
 
-step: (full) the script's own training loop; (ceiling) the same with every batch's tensors made beforehand, so that only
-model, loss and optimiser are left; (usual) the same with the data pipeline of AVT's and VTE's authors as one would
-write it today: PIL images in a Dataset, cropped, flipped and warped one by one by the workers of a DataLoader, float32,
-PyTorch's default layout; for STL torchvision's transforms on PIL images. Each runs in a process of its own, in turn;
-the rate is that of an epoch, after one to warm up, and the memory the process's largest, without the workers'. What
-bounds the ceiling's step is counted: the operations of its convolutions and matrix products, and the bytes that its
-operators read and write in eager mode, over what this device was measured to do in a large matrix product and in a
+Measured are (full) the script's own training loop; (ceiling) the same with every batch's tensors made beforehand, so
+that only model, loss and optimiser are left; (usual) the same with the data pipeline of AVT's and VTE's authors as one
+would write it today: PIL images in a Dataset, cropped, flipped and warped one by one by the workers of a DataLoader,
+float32, PyTorch's default layout; for STL torchvision's transforms on PIL images. Each runs in a process of its own, in
+turn; the rate is that of an epoch, after one to warm up, and the memory the process's largest, without the workers'.
+What bounds the ceiling's step is counted: the operations of its convolutions and matrix products, and the bytes that
+its operators read and write in eager mode, over what this device was measured to do in a large matrix product and in a
 copy; and on a CPU the shares of its time.
 
 On a CPU freed memory is kept, as the scripts keep it, unless MINTER_KEEP_MEMORY=0. Images are random.
@@ -72,9 +69,6 @@ def replaced(module, **values):
 
 def train(name, n, args, folder, *flags):
     """Runs a script's training on n random images; returns its log. Nothing is left of the run before."""
-    if "--compile" in flags:
-        torch.compiler.reset()
-    torch.use_deterministic_algorithms(False)
     script, *own = SCRIPTS[name]
     module, output = importlib.import_module(script), Path(folder) / "run.ckpt"
     for old in (output, output.with_suffix(".jsonl")):
@@ -102,9 +96,6 @@ def phase_one(args, folder):
     """The checkpoint that phase two builds on."""
     train("predictive_transform", args.batch_size, args, folder, "--epochs", 1)
     (Path(folder) / "run.ckpt").rename(Path(folder) / "pt.ckpt")
-
-
-# ------------------------------------------------------------------------------------------------------------- step
 
 
 @contextlib.contextmanager
@@ -303,57 +294,9 @@ def measure_steps(args, keep):
                   + ", ".join(f"{part} {share:.0%}" for part, share in (shares or {}).items()), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------- compile, probe
-
-
-def measure_compile(args, keep):
-    modes = {"off": [], "inductor": ["--compile", "inductor"]}
-    if args.device == "cuda":
-        modes |= {"cudagraphs": ["--compile", "cudagraphs"], "deterministic": ["--deterministic"]}
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        phase_one(args, folder)
-        for name in args.scripts:
-            logs = {mode: train(name, args.steps * args.batch_size, args, folder, "--epochs", 1 + args.repeats, *flags)
-                    for mode, flags in modes.items()}
-            rate = {mode: statistics.median(row["images_per_second"] for row in log[1:]) for mode, log in logs.items()}
-            rows.append({"script": name, "images_per_second": rate,
-                         "losses": {mode: log[-1]["loss"] for mode, log in logs.items()},
-                         "first_epoch_seconds": {mode: log[0]["seconds"] for mode, log in logs.items()}})
-            keep({"rows": rows})
-            print(f"{name:26}" + "".join(f"{mode:>12}{value:8,.0f}" for mode, value in rate.items()), flush=True)
-
-
-def measure_probe(args, keep):
-    """NIN encodes images; an MLP is trained on 2,000 labels of 512 features."""
-    import probe
-
-    device = torch.device(args.device)
-    dtype = choose_precision("auto", device)
-    images, encoder = random_images(args.steps * 500, args.image_size), common.NIN(args.image_size).eval()
-    features, labels = torch.randn(2000, 512), torch.randint(0, 10, (2000,))
-    representation = probe.Representation(None, "random", None, (features, None), (features, None))
-    settings = probe.Settings(1, 0, device, dtype)
-    tasks = {"encode": lambda: probe.encode(encoder, images, *common.STATISTICS["cifar10"], device, dtype),
-             "mlp": lambda: probe.mlp_predictions(representation, torch.arange(2000), labels, settings)}
-    times = {name: [] for name in tasks}
-    for _ in range(args.repeats):
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            task()  # its result is on the CPU, so it is finished
-            times[name].append(time.perf_counter() - start)
-    rate, seconds = len(images) / statistics.median(times["encode"]), statistics.median(times["mlp"])
-    keep({"dtype": str(dtype), "encoded_images_per_second": rate, "mlp_seconds": seconds, "seconds": times})
-    print(f"{rate:,.0f} images/s encoded by NIN; {seconds:.2f} s for an MLP on 2,000 labels")
-
-
-KINDS = {"step": measure_steps, "compile": measure_compile, "probe": measure_probe}
-
-
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("what", choices=KINDS)
     add("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), metavar="NAME", help=", ".join(SCRIPTS))
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch-size", type=positive_int, default=256)
@@ -361,7 +304,7 @@ def main():
     add("--steps", type=positive_int, default=4, help="of an epoch; some hundred on a GPU")
     add("--repeats", type=positive_int, default=3, help="runs of each")
     add("--workers", type=positive_int, help="of the usual pipeline's DataLoader (default: as many as cores)")
-    add("--usual", action=argparse.BooleanOptionalAction, default=True, help="step: also time the usual pipeline")
+    add("--usual", action=argparse.BooleanOptionalAction, default=True, help="also time the usual pipeline")
     add("--output", help="JSON file for the figures")
     args = parser.parse_args()
     if args.output and not Path(args.output).resolve().parent.is_dir():
@@ -375,7 +318,7 @@ def main():
         if args.output:
             Path(args.output).write_text(json.dumps({**record, **result}, indent=1) + "\n")
 
-    KINDS[args.what](args, keep)
+    measure_steps(args, keep)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FEW = "--dataset digits --limit 80 --batch-size 8 --epochs 2 --save-every 2 --device cpu --precision fp32".split()
 SMALL, PT = ["--image-size", "8"], ["--pretrained", "pt.ckpt"]
-WIDE = ["--limit", "40", "--batch-size", "4"]  # AlexNet needs 32 pixels
+WIDE = ["--limit", "40", "--batch-size", "4"]  # of what takes longest; AlexNet needs 32 pixels
 ALEX = ["--pretrained", "pt_alexnet.ckpt", *WIDE]
 RUNS = {
     "pt": ["predictive_transform.py", *SMALL],
@@ -38,7 +38,7 @@ RUNS = {
     "concatenated_alexnet": ["vte_infonce.py", *ALEX, "--critic", "concatenated"],
     "stl": ["stl.py", *SMALL, "--encoder", "nin"],
     "stl_paper_independent": ["stl.py", *SMALL, "--encoder", "nin", "--preset", "paper", "--batch", "independent"],
-    "simclr": ["stl.py", *SMALL, "--equi", "0", "--trans", "0"],
+    "simclr": ["stl.py", *SMALL, *WIDE, "--equi", "0", "--trans", "0"],
     "simclr_augmix": ["stl.py", *SMALL, "--encoder", "nin", "--equi", "0", "--trans", "0", "--augmix"],
 }
 

@@ -55,7 +55,7 @@ def test_a_peer_that_differs_ends_it_with_what_it_said(tmp_path):
 
 
 def test_a_training_step_is_measured_beside_its_ceiling(tmp_path):
-    done = benchmark("train.py step --device cpu --scripts avt --no-usual --steps 2 --batch-size 4 --image-size 8 "
+    done = benchmark("train.py --device cpu --scripts avt --no-usual --steps 2 --batch-size 4 --image-size 8 "
                      "--repeats 1 --output a.json", tmp_path, MINTER_KEEP_MEMORY="0")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "a.json").read_text())

@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import struct
-import subprocess
 import sys
 import zipfile
 import zlib
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import shared_forks
 from PIL import Image, ImageOps
 
 import common
@@ -240,8 +240,7 @@ def test_stl_checkpoints(tmp_path):
 
 def test_a_hostile_checkpoint_on_the_command_line(tmp_path):
     torch.save({**plain_checkpoint(), "model": Calls(os.system, "touch went-off")}, tmp_path / "bad.ckpt")
-    result = subprocess.run([sys.executable, ROOT / "probe.py", "bad.ckpt"], cwd=tmp_path, capture_output=True,
-                            text=True, timeout=100)
+    result = shared_forks().run("probe.py", "bad.ckpt", cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "bad.ckpt" in result.stderr
     assert os.listdir(tmp_path) == ["bad.ckpt"]
 

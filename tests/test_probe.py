@@ -184,15 +184,15 @@ def test_sizes_that_the_data_cannot_give_are_left_out_with_a_note():
 
 
 def test_random_encoder_is_calibrated_on_the_images():
-    images = torch.randint(0, 256, (300, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    config = {"encoder": "nin", "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    images = torch.randint(0, 256, (300, 3, 12, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    config = {"encoder": "nin", "image_size": 12, "mean": [0.5] * 3, "std": [0.25] * 3}
     arguments = (images, config, 0, torch.device("cpu"), torch.float32)
     encoder = probe.random_encoder(*arguments)
     assert not encoder.training
     assert {norm.momentum for norm in encoder.modules() if isinstance(norm, torch.nn.BatchNorm2d)} == {0.1}  # finetuned
     weights = dict(encoder.named_parameters())
     torch.manual_seed(0)
-    assert all(torch.equal(weights[name], value) for name, value in NIN().named_parameters())  # untrained
+    assert all(torch.equal(weights[name], value) for name, value in NIN(12).named_parameters())  # untrained
     first = encoder.trunk[0]
     normal = (images.float() / 255 - 0.5) / 0.25
     with torch.no_grad():

@@ -210,12 +210,11 @@ def test_a_lock_that_cannot_be_opened_is_one_sentence(whole, forks):
     assert "cannot write 'closed.ckpt'" in result.stderr and "closed.jsonl.lock" in result.stderr
 
 
-def test_without_a_terminal_for_errors_a_run_ends_as_any_other(whole):
+def test_without_a_terminal_for_errors_a_run_ends_as_any_other(whole, forks):
     """`2>&-`, which some launchers do: Python has no sys.stderr then."""
     folder, _ = whole
-    command = shlex.join([sys.executable, str(ROOT / "avt.py"), *SCRIPTS["avt"][1:], "--epochs", "1",
-                          "--output", "quiet.ckpt"])
-    result = subprocess.run(f"{command} 2>&-", shell=True, cwd=folder, stdout=subprocess.PIPE, text=True)
+    closing = wrapper(folder, "os.close(2)\nsys.stderr = None")
+    result = forks.run(closing, *SCRIPTS["avt"], "--epochs", 1, "--output", "quiet.ckpt", cwd=folder)
     assert result.returncode == 0 and "wrote quiet.ckpt" in result.stdout
 
 

@@ -383,7 +383,7 @@ def test_every_instruction_set_gives_the_same_bits():
     assert_same_bits(results_of_targets(lambda: list(rows())))
 
 
-@pytest.mark.parametrize("size", [(8, 16), (33, 47), (24, 224), (256, 256), (20, 257)])
+@pytest.mark.parametrize("size", [(8, 16), (33, 47), (24, 224), (8, 256), (8, 257)])
 def test_every_instruction_set_gives_the_same_bits_of_extreme_numbers(size):
     """Zeros of either sign, what is too small to be halved without loss, too large, and not a number."""
     images = random_images(3, *size) // 128 * 255
