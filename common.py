@@ -1247,7 +1247,7 @@ def export_encoder(checkpoint, path, dtype=torch.float32):
 
 
 @torch.no_grad()
-def load_features(path, images, device="cpu", batch_size=500):
+def load_features(path, images, device="cpu", batch_size=32):
     """The features of images by the encoder of a checkpoint: mu where it has one. images: (N, 3, H, W) uint8, or paths
     of image files, which are resized to what the encoder was trained on. Returns (N, 512) float32 on the CPU. Raises
     UserError."""

@@ -47,7 +47,9 @@ METHODS = {  # name: what the tables call it; study.mk has the commands
 }
 PAIRS = [("vte_ba", "random_ba"), ("vte_infonce1", "random_infonce1"), ("vte_infonce2", "random_infonce2"),
          ("vte_ba", "pt"), ("vte_infonce1", "pt"), ("vte_infonce2", "pt"), ("pt", "random encoder"),
-         ("random_ba", "random encoder"), ("random_infonce1", "random encoder")]  # compared seed by seed
+         ("random_ba", "random encoder"), ("random_infonce1", "random encoder"), ("stl", "labels"),
+         ("stl", "predicted"), ("stl", "inv"), ("labels", "inv"), ("inv", "simclr"), ("augmix", "stl"),
+         ("stl", "random encoder")]  # compared seed by seed
 PAPERS = ("avt", "pt", "vte_ba", "vte_infonce1", "vte_infonce2")  # VTE's rows, in its order
 
 
@@ -247,13 +249,14 @@ def order_table(results, errors):
 
 
 def paired_table(errors):
-    """Differences of error between methods with features mu, seed by seed: mean, and half of its 95 % interval by
-    Student's t. Bold: no chance by a paired t-test at .05, Holm-corrected over the table."""
+    """Differences of error between methods, with mu where z can be sampled, seed by seed: mean, and half of its 95 %
+    interval by Student's t. Bold: no chance by a paired t-test at .05, Holm-corrected over the table."""
     measures = sorted({key[2:] for key in errors}, key=lambda measure: (measure[0], -measure[1]))
     cells = {}
     for pair in PAIRS:
         for measure in measures:
-            one, other = (getattr(errors.get((method, "mu", *measure)), "of_seed", {}) for method in pair)
+            one, other = (next((errors[(method, features, *measure)].of_seed for features in ("mu", None)
+                                if (method, features, *measure) in errors), {}) for method in pair)
             differences = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
             if len(differences) > 2:
                 cells[pair, measure] = differences

@@ -538,24 +538,27 @@ def test_order_of_the_methods():
 def test_paired_differences_have_the_intervals_and_tests_of_scipy():
     from scipy import stats
 
-    draws = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 100
-    levels = {"vte_ba": 0.60, "random_ba": 0.65, "pt": 0.605}  # -.05, and -.005 within noise of .014
+    draws = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 100
+    levels = {"vte_ba": 0.60, "random_ba": 0.65, "pt": 0.605,  # -.05, and -.005 within noise of .014
+              "stl": 0.5, "labels": 0.5}  # of which nothing is sampled
     errors = {}
     for (method, level), drawn in zip(levels.items(), draws, strict=True):
-        measured = errors[method, "mu", "knn", 5000] = tables.Measured()
+        features = None if level == 0.5 else "mu"
+        measured = errors[method, features, "knn", 5000] = tables.Measured()
         measured.of_seed = {str(seed): level + value for seed, value in enumerate(drawn.tolist())}
     measured = errors["vte_infonce1", "mu", "knn", 5000] = tables.Measured()
     measured.of_seed = {"0": 0.7, "1": 0.7}  # two seeds give no interval
     lines = tables.paired_table(errors)
-    assert lines[0] == "|  | k-NN, 5,000 |" and len(lines) == 2 + 2 + 1
-    for line, other in zip(lines[2:], ("random_ba", "pt"), strict=False):
-        pair = [list(errors[method, "mu", "knn", 5000].of_seed.values()) for method in ("vte_ba", other)]
+    assert lines[0] == "|  | k-NN, 5,000 |" and len(lines) == 2 + 3 + 1
+    pairs = [("vte_ba", "random_ba", "mu"), ("vte_ba", "pt", "mu"), ("stl", "labels", None)]
+    for line, (one, other, features) in zip(lines[2:], pairs, strict=False):
+        pair = [list(errors[method, features, "knn", 5000].of_seed.values()) for method in (one, other)]
         test = stats.ttest_rel(*pair)
         low, high = test.confidence_interval(0.95)
         mean, half = re.search(r"([+-]\d\.\d+) ± (\d\.\d+)", line.replace("**", "")).groups()
         assert float(mean) == pytest.approx((low + high) / 2, abs=6e-4)
         assert float(half) == pytest.approx((high - low) / 2, abs=6e-4)
-        assert ("**" in line.split("|")[2]) == (test.pvalue < (0.025 if other == "random_ba" else 0.05))
+        assert ("**" in line.split("|")[2]) == (test.pvalue < (0.05 / 3 if other == "random_ba" else 0.05 / 2))
     assert "**" in lines[2].split("|")[2] and "**" not in lines[3].split("|")[2]
 
 
