@@ -326,10 +326,11 @@ def provenance(results):
     for made, commits in told.items():
         made = json.loads(made)
         gpu, processor = made.pop("gpu", None), made.pop("processor")
-        count = next(f"{made.pop(unit)} {unit}" for unit in ("cores", "threads") if unit in made)
+        unit = "cores" if "cores" in made else "threads"
+        count = made.pop(unit)
+        where = (f"{gpu}, " if gpu else "") + f"{count} {unit if count > 1 else 'thread'} of {processor}"
         versions = ", ".join(f"{name} {number}" for name, number in made.items())
-        text.append((f"{gpu}, " if gpu else "") + f"{count} of {processor}; {versions}; commit "
-                    f"{', '.join(dict.fromkeys(commits))}.")
+        text.append(f"{where}; {versions}; commit {', '.join(dict.fromkeys(commits))}.")
     return " ".join(text)
 
 
