@@ -157,6 +157,15 @@ class Measured:
         return f"{self.mean():.{digits}f}{deviation}" + (f" ({len(self.of_seed)})" if len(self.of_seed) < seeds else "")
 
 
+def column_of_stl(row):
+    """The heading of what STL's Tables 5 and 6 have, and `equivariance.column` leaves to the JSON; else None."""
+    if row["measure"] == "PRE" and row["map"] != "t alone":
+        return "PRE"
+    if row["measure"] == "MSE" and row["from"] == "x and t(x)":
+        return f"MSE {row['target']}"
+    return None
+
+
 def measurements(results):
     """Errors {(method, features, classifier, labels): Measured} and equivariance {(family of transformations, method,
     map of its own or "", features, heading): Measured}."""
@@ -170,9 +179,9 @@ def measurements(results):
                 classifier = "transfer" if kind == "transfer" else row["classifier"]
                 key = method, row["features"], classifier, row["train_size"]
                 errors.setdefault(key, Measured()).of_seed[number] = row["error_mean"]
-            elif column(row):
+            elif heading := column(row) or column_of_stl(row):
                 own = row.get("map", "ridge").removeprefix("ridge")
-                key = row["transformations"], method, own, row["features"], column(row)
+                key = row["transformations"], method, own, row["features"], heading
                 equivariance.setdefault(key, Measured()).of_seed[number] = row["value"]
     return errors, equivariance
 
@@ -280,18 +289,24 @@ def paired_table(errors):
 
 
 def equivariance_tables(equivariance, seeds):
-    """One table a family of transformations. Rows with z sampled are left to the JSON."""
+    """(family of transformations, title, lines): what share is equivariant, and of STL's own transformations prediction
+    and retrieval as well. Rows with z sampled are left to the JSON."""
     for family in dict.fromkeys(key[0] for key in equivariance):
         found = {key[1:]: measured for key, measured in equivariance.items() if key[0] == family and key[3] != "sample"}
-        headings = [heading for heading in dict.fromkeys(key[3] for key in found) if "alone" not in heading]
-        if SHARES[0] in headings:  # all else is in the JSON
-            headings = [*SHARES, "the same for all images", "unexplained", "excess H@1"]
-        rows = []
-        for method, own, features in in_order(key[:3] for key in found):
-            cells = [found.get((method, own, features, heading)) for heading in headings]
-            rows.append([METHODS[method] + (f": its {own}" if own else ""),
-                         *(cell.text(seeds=seeds) if cell else "" for cell in cells)])
-        yield family, table(["", *headings], rows)
+        known = [heading for heading in dict.fromkeys(key[3] for key in found) if "alone" not in heading]
+        questions = {"equivariance": known}
+        if SHARES[0] in known:  # all else is in the JSON
+            questions["equivariance"] = [*SHARES, "the same for all images", "unexplained", "excess H@1"]
+        if "MSE all" in known:
+            questions["prediction and retrieval"] = ["MSE crop", "MSE colour", "MSE all", "MRR", "H@1", "PRE"]
+        for question, headings in questions.items():
+            rows = []
+            for method, own, features in in_order(key[:3] for key in found):
+                cells = [found.get((method, own, features, heading)) for heading in headings]
+                if any(cells):
+                    rows.append([METHODS[method] + (f": its {own}" if own else ""),
+                                 *(cell.text(seeds=seeds) if cell else "" for cell in cells)])
+            yield family, f"{question.capitalize()}, {family} transformations", table(["", *headings], rows)
 
 
 def trainings_table(results):
@@ -347,9 +362,10 @@ def study_section(results):
     order = order_table(results, errors)
     if order:
         text += ["**Order of the methods**, best first, I1 and I2 for the two InfoNCE", "", *order]
-    for number, (family, lines) in enumerate(equivariance_tables(equivariance, seeds)):
-        title = f"Equivariance, {family} transformations"
-        if number:
+    first = None
+    for family, title, lines in equivariance_tables(equivariance, seeds):
+        first = first or family
+        if family != first:
             text += [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
         else:
             of = ", from mu" if compared_features(results) == "sample" else ""

@@ -388,7 +388,7 @@ def test_pages(pages):
     assert "| AVT | z sampled | – | 0.803 |" in small  # not run, and told so
     assert f"| VTE-BA | 0.375 ± {statistics.stdev([.25, .5]):.3f} |" in small.split("Equivariance, projective")[1]
     assert "| predictive transformation | 2 x 128 | 0.1 | 2.000 |" in small  # 2 epochs, 7 s
-    assert "Seeds 0, 1; 6 minutes in all. 1 threads of A; torch 2; commit abc." in small
+    assert "Seeds 0, 1; 6 minutes in all. 1 thread of A; torch 2; commit abc." in small
     assert Path(FOLDER, "results.md").read_text().strip() == small.strip()
     for name in tables.STUDIES.keys() - {"cifar10-small"}:  # no table of what was not run
         assert not page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
