@@ -17,8 +17,9 @@
 # OMP_NUM_THREADS=<cores / jobs>. One make a folder at a time. On an H200 -j3 suits vte: with CUDA graphs one training at
 # a time is as fast as three, and an evaluation is mostly work of the processor. A seed takes some 25 minutes.
 
-# full: the papers' settings, on a GPU. small: on two CPU cores, 84 minutes and the CONTROLS. paired: ours, phase two on
-# a trained and on an untrained phase one, five seeds at 16 x 16 with the fast recipe. tiny: to see it work.
+# full: the papers' settings, on a GPU. small: on two CPU cores, vte in 84 minutes and the CONTROLS, stl with three seeds
+# and the ablations in 140 (OMP_NUM_THREADS=1 make -j2). paired: ours, phase two on a trained and on an untrained phase
+# one, five seeds at 16 x 16 with the fast recipe. tiny: to see it work.
 SCALE ?= full
 # cifar10, stl10, digits (to see it work), or a folder that holds CIFAR-10 as files; DATA_DIR: where the first two go.
 DATA ?= cifar10
