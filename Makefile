@@ -132,7 +132,7 @@ TRAINED := $(addprefix $(RUNS)/,avt.ckpt pt.ckpt vte_ba.ckpt vte_infonce1.ckpt v
 demo: setup
 	rm -rf $(RUNS)
 	$(BIN)/python predictive_transform.py $(FAST) --epochs 15 --output $(RUNS)/pt.ckpt
-	$(BIN)/python avt.py $(FAST) --epochs 17 --output $(RUNS)/avt.ckpt
+	$(BIN)/python avt.py $(FAST) --epochs 22 --output $(RUNS)/avt.ckpt
 	$(BIN)/python vte_ba.py $(PHASE_TWO) --output $(RUNS)/vte_ba.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic separated --output $(RUNS)/vte_infonce1.ckpt
 	$(BIN)/python vte_infonce.py $(PHASE_TWO) --critic concatenated --output $(RUNS)/vte_infonce2.ckpt
