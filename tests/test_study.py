@@ -171,6 +171,26 @@ def test_the_settings_are_those_that_the_results_were_made_with(family, results)
         assert found[name] == command
 
 
+def test_prediction_and_retrieval_of_stl_are_those_of_its_rows():
+    """Its Tables 5 and 6: from the features, from the code, and by the map of the method."""
+    results = tables.read_results(ROOT / "results/stl-cifar10-small.json")
+    parts_of_stl = [results["parts"][f"{seed}/stl equivariance"]["rows"] for seed in "012"]
+
+    def mean(**wanted):
+        found = [[row["value"] for row in rows if row["transformations"] == "crop+colour"
+                  and {name: row.get(name) for name in wanted} == wanted] for rows in parts_of_stl]
+        assert all(len(values) == 1 for values in found)
+        return f"{sum(sum(found, [])) / 3:.3f}"
+
+    _, equivariance = tables.measurements(results)
+    lines = next(lines for _, title, lines in tables.equivariance_tables(equivariance, 3) if "retrieval" in title)
+    found = {line.split(" | ")[0]: [cell.split(" ± ")[0] for cell in line.split(" | ")[1:]] for line in lines}
+    for line, of in (("| STL", None), ("| STL: its code of t", "code of t")):
+        assert found[line][2] == mean(measure="MSE", target="all", map=of, **{"from": "x and t(x)"})
+    for line, of in (("| STL", "ridge"), ("| STL: its hypernetwork", "hypernetwork")):
+        assert found[line][3] == mean(measure="MRR", map=of) and found[line][5] == mean(measure="PRE", map=of)
+
+
 def test_the_full_scale_is_the_papers():
     found = settings(commands_of(scale="full", methods=None, seeds=None))
     assert {name.partition("/")[0] for name in found} == {"0", "1", "2"}
