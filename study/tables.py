@@ -362,10 +362,9 @@ def study_section(results):
     order = order_table(results, errors)
     if order:
         text += ["**Order of the methods**, best first, I1 and I2 for the two InfoNCE", "", *order]
-    first = None
-    for family, title, lines in equivariance_tables(equivariance, seeds):
-        first = first or family
-        if family != first:
+    measured = list(equivariance_tables(equivariance, seeds))
+    for family, title, lines in measured:
+        if family != measured[0][0]:
             text += [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
         else:
             of = ", from mu" if compared_features(results) == "sample" else ""
