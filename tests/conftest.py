@@ -3,9 +3,13 @@ import sys
 
 import pytest
 
-import common
 
-common.keep_freed_memory()  # as every run does, for those that are parts of one
+@pytest.fixture(scope="session", autouse=True)
+def memory_is_kept():
+    """As every run does, for those that are parts of one."""
+    import common  # here, since the process that only hands tests out would import torch, too
+
+    common.keep_freed_memory()
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +23,8 @@ def module_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def the_device_is_the_cpu_unless_asked_for():
     """So that the tests check the same where there is a GPU; forks.py has the same for processes of their own."""
+    import common
+
     choose_device = common.choose_device
     with pytest.MonkeyPatch.context() as patch:  # its own, which no test undoes
         for name in {"common", "probe"} & sys.modules.keys():

@@ -36,8 +36,9 @@ RUNS = {
     "separated_from_scratch": ["vte_infonce.py", *SMALL, "--from-scratch"],
     "concatenated": ["vte_infonce.py", *PT, "--critic", "concatenated"],
     "concatenated_alexnet": ["vte_infonce.py", *ALEX, "--critic", "concatenated"],
-    "stl": ["stl.py", *SMALL, "--encoder", "nin"],
-    "stl_paper_independent": ["stl.py", *SMALL, "--encoder", "nin", "--preset", "paper", "--batch", "independent"],
+    "stl": ["stl.py", *SMALL, *WIDE, "--encoder", "nin"],
+    "stl_paper_independent": ["stl.py", *SMALL, *WIDE, "--encoder", "nin", "--preset", "paper", "--batch",
+                              "independent"],
     "simclr": ["stl.py", *SMALL, *WIDE, "--equi", "0", "--trans", "0"],
     "simclr_augmix": ["stl.py", *SMALL, "--encoder", "nin", "--equi", "0", "--trans", "0", "--augmix"],
 }
