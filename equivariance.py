@@ -664,6 +664,7 @@ def probe_equivariance(args, device):
         data = EvaluationSet(family, len(images), len(test_images), args.pairs, args.per_image, size, args.seed,
                              args.border)
         chosen = members if args.rows != "baselines" else []
+        print(f"{dataset}: {family} transformations", flush=True)  # minutes of silence otherwise
         for name, path, checkpoint, encoder in tqdm(chosen, desc=family, leave=False, disable=None):
             method, config = checkpoint["method"], checkpoint["config"]
             load = next((load for begin, load in LEARNED_MAPS.items() if method.startswith(begin)), None)
@@ -689,8 +690,8 @@ def probe_equivariance(args, device):
         averaged = [[(average_of_turns(features), None) for features, _ in splits] for splits in stacked]
         rows += measured(data, None, "invariant control", *averaged)
     notes = [
-        f"{dataset}: {len(test_images):,} test images, {args.per_image} transformations each (of rotation all 4), two "
-        f"images share theirs, border {args.border}; ridge regressions fitted on {args.pairs:,} pairs of "
+        f"{dataset}: {len(test_images):,} test images, {args.per_image} transformations each (of rotation all 4), the "
+        f"same for images 2i and 2i + 1, border {args.border}; ridge regressions fitted on {args.pairs:,} pairs of "
         f"{len(images):,} training images, the penalty chosen on {RIDGE_VALIDATION:.0%} of these; no crops or flips; "
         f"seed {args.seed}",
         *explain_features(rows),

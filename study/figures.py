@@ -106,12 +106,14 @@ def draw_curves(args):
         for reference, (label, style) in REFERENCES.items():
             if reference in rows[0]:
                 above.axhline(rows[0][reference], color="#777777", linestyle=style, label=label)
+        if name == "explained":
+            above.axhline(0, color="#777777", linestyle=":", label="by the mean of z")
         if name == "squared_error":
-            above.set_ylim(0, 1.5 * rows[0].get("constant_predictor", 4))
+            above.set_ylim(0, 2 * rows[0].get("constant_predictor", 4))
         above.set_title(METHODS.get(method, method), fontsize=11)
         above.set_ylabel(SHOWN[name] if name != "inv" else "losses")
         above.margins(y=0.6 if name == "inv" else 0.25)  # room for the legend
-        above.legend(fontsize=8, framealpha=0.6)
+        above.legend(fontsize=8, framealpha=0.6, loc="upper right" if name == "squared_error" else "best")
         for name in (name for name in BELOW if name in rows[0]):
             style = "-" if name in ("z_std", "code_spread") else "--"
             values = np.array([row[name] for row in rows])
@@ -413,7 +415,8 @@ def draw_overview(args):
     for method, row in rows.items():
         spread = [np.std(list(row[name].of_seed.values()), ddof=1) if len(row[name].of_seed) > 1 else 0
                   for name in ("k-NN", measure)]
-        axis.errorbar(row["k-NN"].mean(), row[measure].mean(), spread[1], spread[0], color=COLOURS[method], capsize=2,
+        across, up = (deviation or None for deviation in spread)  # of one seed no bar, whose caps would hide the point
+        axis.errorbar(row["k-NN"].mean(), row[measure].mean(), up, across, color=COLOURS[method], capsize=2,
                       marker=MARKERS.get(method, "o"), markersize=8, linestyle="none",
                       label=tables.METHODS[method].replace("*", ""))
     if measure == "H@1":

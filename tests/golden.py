@@ -58,7 +58,7 @@ def changed_to(folder):
 def in_float64():
     """Everything that asks for float32 gets float64, but for the warp."""
     import common
-    import minter_warp
+    import minter_warp.views
 
     warp_batch, step, losses = minter_warp.warp_batch, common.Run.step, []
 
@@ -72,7 +72,7 @@ def in_float64():
 
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
-    minter_warp.warp_batch = minter_warp.ops.warp_batch = warp  # before the scripts, and the views, take it from there
+    minter_warp.warp_batch = minter_warp.views.warp_batch = warp  # before the scripts take it from there
     common.choose_precision, common.Run.step = lambda *_: torch.float64, recorded
     return losses
 

@@ -545,7 +545,7 @@ def test_freed_memory_is_kept_unless_told_otherwise(setting, new_pages, tmp_path
     code = """
 import resource, torch, common
 common.keep_freed_memory()
-for _ in range(4):
+for _ in range(20):
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):

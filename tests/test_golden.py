@@ -1,19 +1,18 @@
 """The losses are those that were recorded, to six digits: what is tidied changes none of them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import shared_forks
 from golden import RUNS
 
 FOLDER = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
-def losses():
-    result = subprocess.run([sys.executable, FOLDER / "golden.py"], capture_output=True, text=True)
+def losses(tmp_path_factory):
+    result = shared_forks().run(FOLDER / "golden.py", cwd=tmp_path_factory.mktemp("golden"))
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
