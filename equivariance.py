@@ -664,7 +664,7 @@ def probe_equivariance(args, device):
         data = EvaluationSet(family, len(images), len(test_images), args.pairs, args.per_image, size, args.seed,
                              args.border)
         chosen = members if args.rows != "baselines" else []
-        print(f"{dataset}: {family} transformations", flush=True)  # minutes of silence otherwise
+        print(f"{dataset}: {family} transformations", flush=True)  # then minutes of silence
         for name, path, checkpoint, encoder in tqdm(chosen, desc=family, leave=False, disable=None):
             method, config = checkpoint["method"], checkpoint["config"]
             load = next((load for begin, load in LEARNED_MAPS.items() if method.startswith(begin)), None)

@@ -582,7 +582,7 @@ def transfer(args, device):
 def evaluate(args, device, checkpoints, dataset, train, test, validation, about_data):
     """What `probe` returns, of one data set, as `load_splits` has it."""
     dtype = choose_precision(args.precision, device)
-    print(f"{dataset}: encoding, then fitting {', '.join(args.classifiers)}", flush=True)  # minutes of silence otherwise
+    print(f"{dataset}: encoding, then fitting {', '.join(args.classifiers)}", flush=True)  # then minutes of silence
     per_class = args.mean_per_class or bool(about_data and dataset in PER_CLASS)
     present = train.labels.unique().tolist()
     if len(present) < 2:

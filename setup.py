@@ -21,10 +21,12 @@ import setuptools
 if int(setuptools.__version__.split(".")[0]) < 77:  # which cannot read pyproject.toml's licence, and says so at length
     sys.exit(f"minter: setuptools {setuptools.__version__} is too old to build this; run "
              "`pip install --upgrade setuptools` (77 or newer) first")
-try:
-    import torch
-except ImportError as error:
-    sys.exit(f"minter: install torch first, and give pip --no-build-isolation; the warp is built for it ({error})")
+NAME_ONLY = bool({"egg_info", "dist_info"} & set(sys.argv))  # what pip asks first, which takes no torch and its seconds
+if not NAME_ONLY:
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(f"minter: install torch first, and give pip --no-build-isolation; the warp is built for it ({error})")
 
 SANITIZE = os.environ.get("MINTER_SANITIZE") == "1"
 
@@ -62,47 +64,52 @@ def architectures(home):
     return ";".join(f"{number[:-1]}.{number[-1]}" for number in wanted) + "+PTX"
 
 
-sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp"]
-# TORCH_TARGET_VERSION: the oldest torch this build runs with, 2.10, in the stable interface's notation.
-flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f'-DMINTER_TORCH="{torch.__version__}"']
-home, why_not = choose_cuda()
-if home is None:
-    print(f"minter: building the warp for the CPU only ({why_not})", file=sys.stderr)
-else:
-    os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: it looks once, at import
-    listed = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(home)
-    flags += ["-DUSE_CUDA", f'-DMINTER_CUDA="{listed}"']
-    sources += ["csrc/warp_cuda.cu"]
-    print(f"minter: building the warp for the CPU and CUDA {listed} with {home}/bin/nvcc", file=sys.stderr)
-# Coordinates are rounded as PIL's are (csrc/warp.h). Nobody looks at floating-point exceptions: the compiler may turn a
-# condition into a selection, and so vectorise, without any change of the results.
-exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
-sanitizers = []
-if SANITIZE:  # a report ends the process; Python asks for -fwrapv, which would hide overflows
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g",
-                  "-fno-omit-frame-pointer", "-fno-wrapv"]
+def compiled_warp():
+    """What setuptools builds it with."""
+    sources = ["csrc/module.cpp", "csrc/operators.cpp", "csrc/warp_cpu.cpp"]
+    # TORCH_TARGET_VERSION: the oldest torch this build runs with, 2.10, in the stable interface's notation.
+    flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f'-DMINTER_TORCH="{torch.__version__}"']
+    home, why_not = choose_cuda()
+    if home is None:
+        print(f"minter: building the warp for the CPU only ({why_not})", file=sys.stderr)
+    else:
+        os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: it looks once, at import
+        listed = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(home)
+        flags += ["-DUSE_CUDA", f'-DMINTER_CUDA="{listed}"']
+        sources += ["csrc/warp_cuda.cu"]
+        print(f"minter: building the warp for the CPU and CUDA {listed} with {home}/bin/nvcc", file=sys.stderr)
+    # Coordinates are rounded as PIL's are (csrc/warp.h). Nobody looks at floating-point exceptions: the compiler may
+    # turn a condition into a selection, and so vectorise, without any change of the results.
+    exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+    sanitizers = []
+    if SANITIZE:  # a report ends the process; Python asks for -fwrapv, which would hide overflows
+        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g",
+                      "-fno-omit-frame-pointer", "-fno-wrapv"]
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class Build(BuildExtension):
+        def run(self):
+            """Where the library cannot be built, puts a module in its place whose import says why."""
+            folder = Path("minter_warp" if self.inplace else f"{self.build_lib}/minter_warp")
+            self.build_temp = "build/sanitize" if SANITIZE else "build/objects"  # kept: only what changed is compiled
+            try:
+                super().run()
+            except Exception as error:
+                if SANITIZE:
+                    raise
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                why += "; `pip install -v` shows the compiler's words"
+                print(f"minter: the compiled warp is NOT built, PyTorch's reference does its work: {why}",
+                      file=sys.stderr)
+                for stale in folder.glob("_C.*"):
+                    stale.unlink()
+                (folder / "_C.py").write_text(f"raise ImportError({why!r})\n")
+
+    extension = (CppExtension if home is None else CUDAExtension)(
+        "minter_warp._C", sources, extra_link_args=sanitizers,
+        extra_compile_args={"cxx": [*flags, *exact, *sanitizers], "nvcc": [*flags, "--threads=2", "-lineinfo"]})
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-class Build(BuildExtension):
-    def run(self):
-        """Where the library cannot be built, puts a module in its place whose import says why."""
-        folder = Path("minter_warp" if self.inplace else f"{self.build_lib}/minter_warp")
-        self.build_temp = "build/sanitize" if SANITIZE else "build/objects"  # kept: only what changed is compiled
-        try:
-            super().run()
-        except Exception as error:
-            if SANITIZE:
-                raise
-            why = f"{type(error).__name__}: {error}".splitlines()[0] + "; `pip install -v` shows the compiler's words"
-            print(f"minter: the compiled warp is NOT built, PyTorch's reference does its work: {why}", file=sys.stderr)
-            for stale in folder.glob("_C.*"):
-                stale.unlink()
-            (folder / "_C.py").write_text(f"raise ImportError({why!r})\n")
-
-
-extension = (CppExtension if home is None else CUDAExtension)(
-    "minter_warp._C", sources, extra_link_args=sanitizers,
-    extra_compile_args={"cxx": [*flags, *exact, *sanitizers], "nvcc": [*flags, "--threads=2", "-lineinfo"]})
-setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+setuptools.setup(**({} if NAME_ONLY else compiled_warp()))
