@@ -1,7 +1,19 @@
+import contextlib
+import os
 import shutil
 import sys
 
 import pytest
+from forks import ADDRESS, serving
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionstart(session):
+    with contextlib.ExitStack() as stack:
+        if ADDRESS not in os.environ:  # which workers have
+            stack.enter_context(serving())
+        session.config.add_cleanup(stack.pop_all().close)
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

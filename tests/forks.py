@@ -1,20 +1,24 @@
 """Real processes without the seconds that importing torch takes: one that has imported everything, and has started no
 threads, forks a child for each command. A child runs the script as __main__, in a folder and an environment of its
 own, and can be killed like any other process. All of them on the CPU, also where there is a GPU.
+
+There is one for all workers of pytest. conftest.py starts it; it imports when a worker first asks.
 """
 
-import atexit
 import contextlib
 import functools
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ADDRESS = "MINTER_TEST_FORKS"  # of the process that forks, in the environment
 ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # where `--device auto` would take a GPU that is there
 
 
@@ -22,14 +26,14 @@ class Forks:
     """Talks to the process that forks. start() -> pid, wait(pid) -> exit code, negative where a signal ended it."""
 
     def __init__(self):
-        few = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # small problems, machines with other work
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, env={**os.environ, **few, **ON_THE_CPU})
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(os.environ[ADDRESS])
+        self.server = connection.makefile("rw")
 
     def ask(self, **request):
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+        self.server.write(json.dumps(request) + "\n")
+        self.server.flush()
+        return json.loads(self.server.readline())
 
     def start(self, *command, cwd, output=os.devnull, error=os.devnull, environment=None):
         return self.ask(start=[str(part) for part in command], cwd=str(cwd), output=str(output), error=str(error),
@@ -46,16 +50,25 @@ class Forks:
         output.unlink(), error.unlink()
         return result
 
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait()
-
 
 @functools.cache
 def shared_forks():
-    forks = Forks()
-    atexit.register(forks.close)
-    return forks
+    return Forks()
+
+
+@contextlib.contextmanager
+def serving():
+    """In here the process that forks is there for this one and its children."""
+    few = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # small problems, machines with other work
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        os.environ[ADDRESS] = f"{folder}/socket"
+        listener.bind(os.environ[ADDRESS])
+        listener.listen()
+        server = subprocess.Popen([sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()],
+                                  env={**os.environ, **few, **ON_THE_CPU})
+        yield
+        server.kill()
+        server.wait()
 
 
 def child(request):
@@ -82,7 +95,19 @@ def child(request):
     os._exit(code)
 
 
-def serve():
+def next_worker(listener):
+    parent = os.getppid()
+    listener.settimeout(5)
+    while os.getppid() == parent:  # else pytest was killed
+        with contextlib.suppress(TimeoutError):
+            worker, _ = listener.accept()
+            worker.setblocking(True)
+            return worker
+    sys.exit()
+
+
+def serve(listener):
+    worker = next_worker(listener)  # nothing is imported for tests that do not ask
     import matplotlib.pyplot  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import sklearn.linear_model  # noqa: F401
@@ -96,7 +121,16 @@ def serve():
     import minter_warp.views  # noqa: F401
 
     minter_warp.reference_errors()  # a second of every run of two scripts
-    for line in sys.stdin:
+    while True:
+        if os.fork() == 0:
+            answer_all(worker.makefile("rw"))
+            os._exit(0)
+        worker = next_worker(listener)
+
+
+def answer_all(worker):
+    """Starts processes for one worker of pytest, and waits for them."""
+    for line in worker:
         request = json.loads(line)
         if "start" in request:
             answer = os.fork()
@@ -104,9 +138,9 @@ def serve():
                 child(request)
         else:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=worker, flush=True)
 
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        serve()
+        serve(socket.socket(fileno=int(sys.argv[1])))

@@ -504,7 +504,7 @@ def test_failures_are_named_when_they_happen(means, early, says):
 
 
 class Small(nn.Module):
-    """A small convolutional encoder: (N, 3, 32, 32) -> (N, 64)."""
+    """A small convolutional encoder: (N, 3, 24, 24) -> (N, 64)."""
 
     def __init__(self):
         super().__init__()
@@ -519,7 +519,7 @@ class Small(nn.Module):
 
 def views_of(images, n, generator, together=2):
     index = torch.randint(0, len(images), (n,), generator=generator)
-    drawn = [stl.sample_views(n, 32, generator, stl.LEARN["crop+colour"] if together == 2 else ()) for _ in range(2)]
+    drawn = [stl.sample_views(n, 24, generator, stl.LEARN["crop+colour"] if together == 2 else ()) for _ in range(2)]
     normalize = torch.full((3,), 1 / 0.3), torch.full((3,), -0.5 / 0.3)
     return [stl.transform(images, index, parameters, normalize) for parameters in drawn], drawn
 
@@ -541,7 +541,7 @@ def code_scores(model, images, others):
 
 
 def test_codes_come_to_tell_the_transformation_of_images_never_seen():
-    images, others = (load_images("digits", split, image_size=32)[0] for split in ("train", "test"))
+    images, others = (load_images("digits", split, image_size=24)[0] for split in ("train", "test"))
     torch.manual_seed(0)
     model, generator = stl.STL(Small(), features=64), torch.Generator().manual_seed(0)
     untrained = code_scores(model, images, others)
