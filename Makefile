@@ -7,7 +7,7 @@
 # make bench-gpu  on a GPU: tests, sanitizers, benchmarks of the warp and of training; each also a target of its own
 # make reproduce  on a GPU: VTE's Tables 1-4 with three seeds, into RESULTS.md; with DATA=DIR, CIFAR-10 in files, 1-3
 # make reproduce-small  the same at a small scale, on two CPU cores in 84 minutes and those of the controls
-# make reproduce-paired  phase two on a trained and on an untrained phase one, five seeds at 16 x 16, in two hours
+# make reproduce-paired  phase two on a trained and on an untrained phase one, five seeds at 16 x 16, in three hours
 # make reproduce-stl  on a GPU: STL, SimCLR, STL with AugMix, labels for codes; reproduce-stl-small on a CPU
 # make lint    ruff
 # make setup   .venv with all that is needed and the compiled warp, which the others do first

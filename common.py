@@ -17,6 +17,7 @@ import platform
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,11 @@ from torch import nn
 from tqdm import tqdm
 
 from minter_warp import normalization, sample_coefficients, sample_crops, warp_batch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -873,30 +879,57 @@ class Run:
         if gigabytes > 1:
             self.say(f"a checkpoint will take {gigabytes:.1f} GB; probe.py --export makes some megabytes of it")
         main = threading.current_thread() is threading.main_thread()  # only there signals can be caught
-        finished = self._restore()
-        if finished >= total:
-            self.say(f"'{self.output}' has {finished} epochs already, and --epochs is {total}")
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM) if main}
-        self._bar = tqdm(total=total * n, initial=finished * n, unit=" images", leave=False,
-                         disable=True if rank() else None)
-        try:
-            for self.epoch in range(finished + 1, total + 1):
-                self._bar.set_description(f"epoch {self.epoch}/{total}")
-                self._start = self._shown = time.perf_counter()
-                self.generator.manual_seed(self.seed_of(self.epoch))
-                torch.manual_seed(self.seed_of(self.epoch, "noise", rank()))
-                if self._cycle is not None:
-                    self._cycle.last_epoch = (self.epoch - 1) * self._steps
-                self._sums, self._seen = {}, 0
-                model.train()
-                yield self.epoch
-                self._finish_epoch()
-        finally:
-            self._bar.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            if rank() == 0 and self.log.exists() and self.log.stat().st_size == 0:  # no epoch was finished
-                self.log.unlink()
+        with self._locked_output():
+            finished = self._restore()
+            if finished >= total:
+                self.say(f"'{self.output}' has {finished} epochs already, and --epochs is {total}")
+            before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM) if main}
+            self._bar = tqdm(total=total * n, initial=finished * n, unit=" images", leave=False,
+                             disable=True if rank() else None)
+            try:
+                for self.epoch in range(finished + 1, total + 1):
+                    self._bar.set_description(f"epoch {self.epoch}/{total}")
+                    self._start = self._shown = time.perf_counter()
+                    self.generator.manual_seed(self.seed_of(self.epoch))
+                    torch.manual_seed(self.seed_of(self.epoch, "noise", rank()))
+                    if self._cycle is not None:
+                        self._cycle.last_epoch = (self.epoch - 1) * self._steps
+                    self._sums, self._seen = {}, 0
+                    model.train()
+                    yield self.epoch
+                    self._finish_epoch()
+            finally:
+                self._bar.close()
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _locked_output(self):
+        """One run at a time writes an output. The system drops the lock of a process that ends, however it ends."""
+        if rank() or fcntl is None:
+            yield
+            return
+        with writing(self.output):  # another user's lock, say
+            lock = open(f"{self.log}.lock", "ab+", buffering=0)  # outputs a and a.ckpt have one log
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise UserError(f"'{self.output}' is being written by {lock.read().decode() or 'another process'}: "
+                                "wait for it, or give another --output") from error
+            except OSError:  # a file system without locks
+                pass
+            try:
+                there = self._check_output()  # another run may have ended while this one loaded its data
+                if (there or {}).get("epoch") != (self.resumed_from or {}).get("epoch"):
+                    raise UserError(f"'{self.output}' was written by another run just now: start again")
+                with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+                    lock.truncate(0)
+                    lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                yield
+            finally:
+                Path(lock.name).unlink(missing_ok=True)
 
     def _note(self, number, frame):
         """SIGINT and SIGTERM end the run after its step; one more ends it at once."""
@@ -925,12 +958,6 @@ class Run:
             if schedule is not None:
                 schedule.last_epoch = self._saved
             self.say(f"going on from '{self.output}', epoch {self._saved}")
-        if rank() == 0 and not self.args.resume:
-            try:
-                open(self.log, "x").close()  # so that of two runs with one --output the second ends here
-            except OSError as error:
-                raise UserError(f"cannot make '{self.log}' ({error.strerror}): if another run has made it just now, "
-                                "give another --output") from error
         if rank() == 0 and self.args.resume:
             lines = self.log.read_bytes().splitlines(keepends=True) if self.log.exists() else []
             with writing(self.log):

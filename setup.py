@@ -9,6 +9,7 @@ knows); MAX_JOBS the number of compilers at once; MINTER_SANITIZE=1 builds for t
 UndefinedBehaviorSanitizer (`make sanitize`), and fails where that does not compile.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -21,12 +22,14 @@ import setuptools
 if int(setuptools.__version__.split(".")[0]) < 77:  # which cannot read pyproject.toml's licence, and says so at length
     sys.exit(f"minter: setuptools {setuptools.__version__} is too old to build this; run "
              "`pip install --upgrade setuptools` (77 or newer) first")
-NAME_ONLY = bool({"egg_info", "dist_info"} & set(sys.argv))  # what pip asks first, which takes no torch and its seconds
-if not NAME_ONLY:
-    try:
+NAME_ONLY = sys.argv[-1] == "egg_info" or "dist_info" in sys.argv  # what pip asks first: spare it torch's seconds
+try:
+    if not NAME_ONLY:
         import torch
-    except ImportError as error:
-        sys.exit(f"minter: install torch first, and give pip --no-build-isolation; the warp is built for it ({error})")
+    elif importlib.util.find_spec("torch") is None:  # before pip fetches all that minter needs
+        raise ImportError("No module named 'torch'")
+except ImportError as error:
+    sys.exit(f"minter: install torch first, and give pip --no-build-isolation; the warp is built for it ({error})")
 
 SANITIZE = os.environ.get("MINTER_SANITIZE") == "1"
 

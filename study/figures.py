@@ -109,7 +109,7 @@ def draw_curves(args):
         if name == "explained":
             above.axhline(0, color="#777777", linestyle=":", label="by the mean of z")
         if name == "squared_error":
-            above.set_ylim(0, 2 * rows[0].get("constant_predictor", 4))
+            above.set_ylim(0, max(2 * rows[0].get("constant_predictor", 4), 1.05 * max(row[name] for row in rows)))
         above.set_title(METHODS.get(method, method), fontsize=11)
         above.set_ylabel(SHOWN[name] if name != "inv" else "losses")
         above.margins(y=0.6 if name == "inv" else 0.25)  # room for the legend
@@ -119,9 +119,8 @@ def draw_curves(args):
             values = np.array([row[name] for row in rows])
             below.plot(epochs, np.exp(values / 2) if name == "logvar" else values, style, color=colour, marker=".",
                        label=BELOW[name])
-        below.margins(y=0.3)
         if below.lines:
-            below.set_ylim(bottom=0)
+            below.set_ylim(0, 1.3 * max(line.get_ydata().max() for line in below.lines))
             below.legend(fontsize=8, framealpha=0.6, loc="center right")
         below.set_xlabel("epoch")
         below.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -408,12 +408,12 @@ def readme_section(studies):
     headings = ["", f"k-NN error, {labels:,} labels", "the paper's: z sampled, trained in full", *list(measured)[1:]]
     if all(results["scale"] == "full" for results in used):
         headings[2] = "the paper's: z sampled"
-    seeds = ", ".join(f"{len(seeds_of(results))} of "
-                      f"{'STL and SimCLR' if results['study'].startswith('stl') else 'the methods of VTE'} "
-                      f"({results['study']}.json)" for results in used)
+    seeds = ", ".join(f"{len(seeds_of(results))} ("
+                      f"{'STL and SimCLR' if results['study'].startswith('stl') else 'the methods of VTE'}, "
+                      f"{results['study']}.json)" for results in used)
     several = any(len(seeds_of(results)) > 1 for results in used)
     about = (f"{used[0]['title']}; features mu, not sampled. "
-             f"{'Mean ± standard deviation over training seeds' if several else 'Number of training seeds'}: {seeds}.")
+             f"{'Mean ± standard deviation over training seeds' if several else 'Training seeds'}: {seeds}.")
     return "\n".join([*table(headings, lines), about, ""])
 
 

@@ -13,12 +13,11 @@ import runpy
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ADDRESS = "MINTER_TEST_FORKS"  # of the process that forks, in the environment
+PORT = "MINTER_TEST_FORKS"  # on which the process that forks listens, in the environment
 ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # where `--device auto` would take a GPU that is there
 
 
@@ -26,14 +25,14 @@ class Forks:
     """Talks to the process that forks. start() -> pid, wait(pid) -> exit code, negative where a signal ended it."""
 
     def __init__(self):
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(os.environ[ADDRESS])
-        self.server = connection.makefile("rw")
+        self.server = socket.create_connection(("127.0.0.1", int(os.environ[PORT]))).makefile("rw")
 
     def ask(self, **request):
         self.server.write(json.dumps(request) + "\n")
         self.server.flush()
-        return json.loads(self.server.readline())
+        answer = self.server.readline()
+        assert answer, "the process that forks has ended"
+        return json.loads(answer)
 
     def start(self, *command, cwd, output=os.devnull, error=os.devnull, environment=None):
         return self.ask(start=[str(part) for part in command], cwd=str(cwd), output=str(output), error=str(error),
@@ -60,15 +59,13 @@ def shared_forks():
 def serving():
     """In here the process that forks is there for this one and its children."""
     few = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # small problems, machines with other work
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-        os.environ[ADDRESS] = f"{folder}/socket"
-        listener.bind(os.environ[ADDRESS])
-        listener.listen()
-        server = subprocess.Popen([sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()],
-                                  env={**os.environ, **few, **ON_THE_CPU})
-        yield
-        server.kill()
-        server.wait()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        os.environ[PORT] = str(listener.getsockname()[1])
+        server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), str(os.getpid())],
+                                  pass_fds=[listener.fileno()], env={**os.environ, **few, **ON_THE_CPU})
+    yield
+    server.kill()
+    server.wait()
 
 
 def child(request):
@@ -95,10 +92,9 @@ def child(request):
     os._exit(code)
 
 
-def next_worker(listener):
-    parent = os.getppid()
+def next_worker(listener, pytest):
     listener.settimeout(5)
-    while os.getppid() == parent:  # else pytest was killed
+    while os.getppid() == pytest:  # else it was killed
         with contextlib.suppress(TimeoutError):
             worker, _ = listener.accept()
             worker.setblocking(True)
@@ -106,8 +102,8 @@ def next_worker(listener):
     sys.exit()
 
 
-def serve(listener):
-    worker = next_worker(listener)  # nothing is imported for tests that do not ask
+def serve(listener, pytest):
+    worker = next_worker(listener, pytest)  # nothing is imported for tests that do not ask
     import matplotlib.pyplot  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import sklearn.linear_model  # noqa: F401
@@ -125,7 +121,7 @@ def serve(listener):
         if os.fork() == 0:
             answer_all(worker.makefile("rw"))
             os._exit(0)
-        worker = next_worker(listener)
+        worker = next_worker(listener, pytest)
 
 
 def answer_all(worker):
@@ -143,4 +139,4 @@ def answer_all(worker):
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

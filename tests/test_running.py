@@ -155,27 +155,38 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(name
     assert not list(folder.glob("*.tmp"))
 
 
-def test_of_two_runs_with_one_output_the_second_ends_and_the_first_goes_on(whole, forks):
-    """The second begins while the first has written nothing yet: what is there when it looks is not what decides."""
+def test_one_run_at_a_time_writes_an_output_and_a_killed_one_stands_in_no_ones_way(whole, forks):
     folder, _ = whole
-    other = wrapper(folder, f"""
-import common, subprocess
+    command = [wrapper(folder), *SCRIPTS["avt"], "--output", "locked.ckpt", "--resume"]
+    first, lock = forks.start(*command, "--epochs", "1000", cwd=folder), folder / "locked.jsonl.lock"
+    until = time.monotonic() + 60
+    while not (lock.exists() and lock.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
+    second = forks.run(*command, cwd=folder)
+    assert second.returncode == 1
+    assert f"'locked.ckpt' is being written by process {first} on " in second.stderr and lock.exists()
+    os.kill(first, signal.SIGKILL)
+    assert forks.wait(first) == -signal.SIGKILL and lock.exists()
+    for path in folder.glob("locked.[cj]*[tl]"):
+        path.unlink()
+    third = forks.run(*command, cwd=folder)
+    assert third.returncode == 0, third.stderr
+    assert_same_run(folder / "avt.ckpt", folder / "locked.ckpt")
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("resume, says", [([], "'late.ckpt' exists already"), (["--resume"], "another run just now")])
+def test_a_run_does_not_write_over_one_that_ended_while_it_loaded_its_data(resume, says, whole, forks):
+    folder, _ = whole
+    other = wrapper(folder, """
+import common, shutil
 load = common.load_images
-def late(*rest):
-    common.load_images = load
-    if os.fork() == 0:
-        sys.argv = {[str(part) for part in SCRIPTS["avt"]] + ["--output", "same.ckpt"]}
-        runpy.run_path(os.path.join({str(ROOT)!r}, "avt.py"), run_name="__main__")
-        os._exit(0)
-    os.wait()
-    return load(*rest)
-common.load_images = late
-import runpy
+common.load_images = lambda *rest: (shutil.copy("avt.ckpt", "late.ckpt"), load(*rest))[1]
 """)
-    result = forks.run(other, *SCRIPTS["avt"], "--output", "same.ckpt", cwd=folder)
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert "cannot make 'same.jsonl' (File exists): if another run has made it just now" in result.stderr
-    assert_same_run(folder / "avt.ckpt", folder / "same.ckpt")
+    result = forks.run(other, *SCRIPTS["avt"], "--output", "late.ckpt", *resume, cwd=folder)
+    assert result.returncode and says in result.stderr and "Traceback" not in result.stderr
+    assert (folder / "late.ckpt").read_bytes() == (folder / "avt.ckpt").read_bytes()
+    assert not (folder / "late.jsonl.lock").exists()
 
 
 def test_a_part_of_a_line_at_the_end_of_the_log_does_not_stop_a_resumed_run(whole, forks):
@@ -188,6 +199,15 @@ def test_a_part_of_a_line_at_the_end_of_the_log_does_not_stop_a_resumed_run(whol
     result = forks.run(*command, "--resume", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert_same_run(folder / "ba.ckpt", folder / "part.ckpt")
+
+
+def test_a_lock_that_cannot_be_opened_is_one_sentence(whole, forks):
+    folder, _ = whole
+    (folder / "closed.jsonl.lock").mkdir()  # also root, which reads every file, cannot open a folder to write
+    result = forks.run(wrapper(folder), *SCRIPTS["avt"], "--output", "closed.ckpt", cwd=folder)
+    (folder / "closed.jsonl.lock").rmdir()
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "cannot write 'closed.ckpt'" in result.stderr and "closed.jsonl.lock" in result.stderr
 
 
 def test_without_a_terminal_for_errors_a_run_ends_as_any_other(whole, forks):
