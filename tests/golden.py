@@ -21,11 +21,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FEW = "--dataset digits --limit 80 --batch-size 8 --epochs 2 --save-every 2 --device cpu --precision fp32".split()
 SMALL, PT = ["--image-size", "8"], ["--pretrained", "pt.ckpt"]
-WIDE = ["--limit", "40", "--batch-size", "4"]  # of what takes longest; AlexNet needs 32 pixels
-ALEX = ["--pretrained", "pt_alexnet.ckpt", *WIDE]
+WIDE, WIDEST = ["--limit", "40", "--batch-size", "4"], ["--limit", "20", "--batch-size", "2"]  # AlexNet: 32 pixels
+ALEX = ["--pretrained", "pt_alexnet.ckpt", *WIDEST]
 RUNS = {
     "pt": ["predictive_transform.py", *SMALL],
-    "pt_alexnet": ["predictive_transform.py", "--encoder", "alexnet", *WIDE],
+    "pt_alexnet": ["predictive_transform.py", "--encoder", "alexnet", *WIDEST],
     "pt_fast": ["predictive_transform.py", *SMALL, "--recipe", "fast"],
     "avt": ["avt.py", *SMALL],
     "vte_ba": ["vte_ba.py", *PT],

@@ -228,7 +228,7 @@ def stl_trained(module_folder):
     """STL with its own encoder, an odd last batch, and SimCLR; one epoch each on few digits."""
     folder = module_folder / "stl"
     folder.mkdir()
-    few = ["--dataset", "digits", "--limit", 35, "--epochs", 1, "--batch-size", 16, "--image-size", 12]
+    few = ["--dataset", "digits", "--limit", 19, "--epochs", 1, "--batch-size", 16, "--image-size", 12]
     results = {
         "stl": run("stl.py", *few, "--output", "stl.ckpt", cwd=folder),
         "paper": run("stl.py", *few, "--epochs", 2, "--save-every", 2, "--encoder", "nin", "--preset", "paper",
