@@ -1074,7 +1074,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write '{path}' ({error}); the checkpoint before it is kept: mend that, and go on with "
+        raise UserError(f"cannot write '{path}' ({error}); what was saved before it is kept: mend that, and go on with "
                         "--resume") from error
 
 

@@ -403,7 +403,7 @@ def test_a_disk_that_is_full_loses_nothing(whole, forks):
                               "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))")
     result = forks.run(filling, *command, cwd=folder)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert "cannot write 'full.ckpt' ([Errno 27] File too large); the checkpoint before it is kept" in result.stderr
+    assert "cannot write 'full.ckpt' ([Errno 27] File too large); what was saved before it is kept" in result.stderr
     assert load_checkpoint(folder / "full.ckpt")["epoch"] == 2 and not list(folder.glob("*.tmp"))
     assert forks.run(*command, "--resume", cwd=folder).returncode == 0
     assert_same_run(folder / "ba.ckpt", folder / "full.ckpt")
