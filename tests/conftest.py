@@ -4,13 +4,13 @@ import shutil
 import sys
 
 import pytest
-from forks import PORT, serving
+from forks import ADDRESS, serving
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionstart(session):
     with contextlib.ExitStack() as stack:
-        if PORT not in os.environ:  # which workers have
+        if ADDRESS not in os.environ:  # which workers have
             stack.enter_context(serving())
         session.config.add_cleanup(stack.pop_all().close)
         return (yield)

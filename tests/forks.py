@@ -13,11 +13,12 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PORT = "MINTER_TEST_FORKS"  # on which the process that forks listens, in the environment
+ADDRESS = "MINTER_TEST_FORKS"  # of the process that forks, in the environment
 ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # where `--device auto` would take a GPU that is there
 
 
@@ -25,7 +26,9 @@ class Forks:
     """Talks to the process that forks. start() -> pid, wait(pid) -> exit code, negative where a signal ended it."""
 
     def __init__(self):
-        self.server = socket.create_connection(("127.0.0.1", int(os.environ[PORT]))).makefile("rw")
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(os.environ[ADDRESS])
+        self.server = connection.makefile("rw")
 
     def ask(self, **request):
         self.server.write(json.dumps(request) + "\n")
@@ -59,13 +62,17 @@ def shared_forks():
 def serving():
     """In here the process that forks is there for this one and its children."""
     few = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # small problems, machines with other work
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        os.environ[PORT] = str(listener.getsockname()[1])
-        server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), str(os.getpid())],
-                                  pass_fds=[listener.fileno()], env={**os.environ, **few, **ON_THE_CPU})
-    yield
-    server.kill()
-    server.wait()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # no one else's; such an address has some 100 bytes at most
+        os.environ[ADDRESS] = f"{folder}/socket"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.environ[ADDRESS])
+            listener.listen()
+            server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), str(os.getpid())],
+                                      pass_fds=[listener.fileno()], env={**os.environ, **few, **ON_THE_CPU})
+        yield
+        server.kill()
+        server.wait()
+    del os.environ[ADDRESS]
 
 
 def child(request):

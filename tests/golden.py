@@ -39,7 +39,7 @@ RUNS = {
     "stl": ["stl.py", *SMALL, *WIDE, "--encoder", "nin"],
     "stl_paper_independent": ["stl.py", *SMALL, *WIDE, "--encoder", "nin", "--preset", "paper", "--batch",
                               "independent"],
-    "simclr": ["stl.py", *SMALL, "--encoder", "nin", "--equi", "0", "--trans", "0"],
+    "simclr": ["stl.py", *SMALL, *WIDE, "--equi", "0", "--trans", "0"],
     "simclr_augmix": ["stl.py", *SMALL, "--encoder", "nin", "--equi", "0", "--trans", "0", "--augmix"],
 }
 

@@ -133,11 +133,11 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize("name", ["pt", "avt", "stl"])  # both recipes, and a schedule of epochs
 def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(name, whole, forks):
-    """Two kills of each. A run that ends before its kill is begun anew, and given less time."""
+    """Three kills of each. A run that ends before its kill is begun anew, and given less time."""
     folder, seconds = whole
     command = [wrapper(folder), *SCRIPTS[name], "--output", f"killed-{name}.ckpt", "--resume"]
     moments, longest, kills = random.Random(f"{name} moments"), 0.7 * seconds[name], 0
-    while kills < 2:
+    while kills < 3:
         pid = forks.start(*command, cwd=folder)
         time.sleep(moments.uniform(0.1, 1) * longest)
         os.kill(pid, signal.SIGKILL)

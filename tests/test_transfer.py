@@ -266,10 +266,7 @@ def test_the_table_of_transfer(tmp_path, monkeypatch, capsys):
     assert ("flowers102: 8 training images, the L2 weight of linear chosen on its own validation split; 6 test images"
             in shown)
     assert "mit67: 6 training images, the L2 weight of linear chosen on 12.5% of them; 4 test images" in shown
-    assert "both are drawn with seed 0, as it has no splits" in shown
-    assert shown.count("L-BFGS, at most 5,000 iterations, until no gradient is above 0.0001, unscaled features, summed "
-                       "loss, L2 weight (of the bias too) of 45 from 1e-06 to 100000 chosen on 10% of the labels, "
-                       "refit on all") == 1
+    assert "both are drawn with seed 0, as it has no splits" in shown and shown.count("L-BFGS, at most 5,000") == 1
 
 
 def test_a_list_without_images_is_one_sentence(tmp_path, monkeypatch):
