@@ -21,7 +21,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FEW = "--dataset digits --limit 80 --batch-size 8 --epochs 2 --save-every 2 --device cpu --precision fp32".split()
 SMALL, PT = ["--image-size", "8"], ["--pretrained", "pt.ckpt"]
-WIDE, WIDEST = ["--limit", "40", "--batch-size", "4"], ["--limit", "20", "--batch-size", "2"]  # AlexNet: 32 pixels
+# Less for AlexNet's 32 pixels. In batches of 4 SimCLR's and the preset's batch normalisation would magnify the last
+# bit, which is the processor's own, to the fifth digit.
+WIDE, WIDEST = ["--limit", "40", "--batch-size", "4"], ["--limit", "20", "--batch-size", "2"]
 ALEX = ["--pretrained", "pt_alexnet.ckpt", *WIDEST]
 RUNS = {
     "pt": ["predictive_transform.py", *SMALL],
@@ -37,9 +39,8 @@ RUNS = {
     "concatenated": ["vte_infonce.py", *PT, "--critic", "concatenated"],
     "concatenated_alexnet": ["vte_infonce.py", *ALEX, "--critic", "concatenated"],
     "stl": ["stl.py", *SMALL, *WIDE, "--encoder", "nin"],
-    "stl_paper_independent": ["stl.py", *SMALL, *WIDE, "--encoder", "nin", "--preset", "paper", "--batch",
-                              "independent"],
-    "simclr": ["stl.py", *SMALL, *WIDE, "--equi", "0", "--trans", "0"],
+    "stl_paper_independent": ["stl.py", *SMALL, "--encoder", "nin", "--preset", "paper", "--batch", "independent"],
+    "simclr": ["stl.py", *SMALL, "--equi", "0", "--trans", "0"],
     "simclr_augmix": ["stl.py", *SMALL, "--encoder", "nin", "--equi", "0", "--trans", "0", "--augmix"],
 }
 

@@ -420,7 +420,7 @@ def on_a_folder(module_folder):
     return folder, result
 
 
-OWN = ["--image-size", 8, "--epochs", 1, "--batch-size", 3]
+OWN = ["--image-size", 8, "--epochs", 1, "--batch-size", 3, "--precision", "fp32"]
 
 
 def test_a_folder_without_classes_trains_and_cannot_be_evaluated(on_a_folder):
