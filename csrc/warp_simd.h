@@ -15,6 +15,9 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits32 __attribute__((vector_size(4 * kLanes)));  // without a sign: what overflows is defined
 typedef uint16_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int64_t Longs __attribute__((vector_size(4 * kLanes)));
+typedef double Doubles __attribute__((vector_size(4 * kLanes)));
+typedef float HalfFloats __attribute__((vector_size(2 * kLanes)));
+typedef int32_t HalfInts __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef uint16_t Words8 __attribute__((vector_size(16)));
 typedef int32_t Ints4 __attribute__((vector_size(16)));
@@ -120,19 +123,14 @@ LOCAL NarrowWords narrow(Ints value, uint16_t) { return __builtin_convertvector(
 
 // ---------------------------------------------------------------------------------------------------------- the frame
 
-// The words of 16 pixels, or of kLanes of float32 images.
-template <typename In>
-constexpr int kStrip = std::is_same_v<In, uint8_t> ? 16 : kLanes;
-
-template <typename In>
-using Strip = std::conditional_t<std::is_same_v<In, uint8_t>, Bytes16, Floats>;
+constexpr int64_t kStrip = 16;  // pixels of a uint8 image whose words are made together
 
 // `count` neighbouring pixels of each channel of a row; the rest, and a row beyond the image, are black.
-template <int kChannels, typename In>
-LOCAL void load_strip(const Warp& w, const In* column, int64_t row, int64_t count, Strip<In> (&strip)[3]) {
-  alignas(64) In pixels[kChannels][kStrip<In>];
-  const bool black = row < 0 || row >= w.height, direct = count == kStrip<In> && w.stride_w == 1 && !black;
-  const In* from = direct ? column + row * w.stride_h : pixels[0];
+template <int kChannels>
+LOCAL void load_strip(const Warp& w, const uint8_t* column, int64_t row, int64_t count, Bytes16 (&strip)[3]) {
+  alignas(64) uint8_t pixels[kChannels][kStrip];
+  const bool black = row < 0 || row >= w.height, direct = count == kStrip && w.stride_w == 1 && !black;
+  const uint8_t* from = direct ? column + row * w.stride_h : pixels[0];
   if (!direct) {
     std::memset(pixels, 0, sizeof pixels);
     for (int64_t i = 0; i < kChannels * count && !black; ++i) {
@@ -140,7 +138,7 @@ LOCAL void load_strip(const Warp& w, const In* column, int64_t row, int64_t coun
       pixels[c][x] = column[row * w.stride_h + c * w.stride_c + x * w.stride_w];
     }
   }
-  for (int c = 0; c < kChannels; ++c) strip[c] = load<Strip<In>>(from + c * (direct ? w.stride_c : kStrip<In>));
+  for (int c = 0; c < kChannels; ++c) strip[c] = load<Bytes16>(from + c * (direct ? w.stride_c : kStrip));
 }
 
 template <bool kUpper>
@@ -157,33 +155,48 @@ LOCAL void store_eight(uint64_t* to, const Bytes16 (&above)[3], const Bytes16 (&
   }
 }
 
-LOCAL void store_strip(uint64_t* to, const Bytes16 (&above)[3], const Bytes16 (&below)[3]) {
-  store_eight<false>(to, above, below);
-  store_eight<true>(to + 8, above, below);
+// `columns` words of all rows of a plane. image: at their first column. down: the window's first row in it.
+template <int kChannels>
+LOCAL void fill_rows(const Warp& w, const uint8_t* image, int64_t down, int64_t rows, int64_t columns, int64_t pitch,
+                     uint64_t* words) {
+  for (int64_t next = 0; next < columns; next += kStrip) {
+    const int64_t x = clamp(next, 0, std::max<int64_t>(0, columns - kStrip));  // the last one whole, in part once more
+    const uint8_t* column = image + x * w.stride_w;
+    Bytes16 above[3] = {}, below[3] = {};
+    load_strip<kChannels>(w, column, down, std::min(kStrip, columns), above);
+    for (int64_t y = 0; y <= rows; ++y) {
+      load_strip<kChannels>(w, column, down + std::min(y, rows - 1), std::min(kStrip, columns), below);
+      store_eight<false>(words + y * pitch + x, above, below);
+      store_eight<true>(words + y * pitch + x + 8, above, below);
+      std::copy(below, below + 3, above);
+    }
+  }
 }
 
-LOCAL void store_strip(uint32_t* to, const Floats (&above)[3], const Floats (&)[3]) { store(to, above[0]); }
+template <int>
+LOCAL void fill_rows(const Warp& w, const float* image, int64_t down, int64_t rows, int64_t columns, int64_t pitch,
+                     uint32_t* words) {
+  for (int64_t y = 0; y <= rows + 1; ++y, words += pitch) {
+    const int64_t row = down + clamp(y - 1, 0, rows - 1);
+    if (row < 0 || row >= w.height) {
+      std::memset(words, 0, columns * sizeof *words);
+    } else if (w.stride_w == 1) {
+      std::memcpy(words, image + row * w.stride_h, columns * sizeof *words);
+    } else {
+      const float* from = image + row * w.stride_h;
+      for (int64_t x = 0; x < columns; ++x) words[x] = std::bit_cast<uint32_t>(from[x * w.stride_w]);
+    }
+  }
+}
 
 // One plane of the frame, of a window that is not empty: kChannels channels from `image` on.
 template <int kChannels, typename In>
 LOCAL void fill_plane(const Warp& w, const View& view, const In* image, int64_t pitch, Word<In>* words) {
-  constexpr int64_t strip = kStrip<In>;
   const int64_t rows = view.bottom - view.top, columns = view.end - view.left;
   const int64_t count = rows + (std::is_same_v<In, float> ? 2 : 1);  // of the frame; a row of bytes holds two
   const int64_t origin = source_column(w, view), down = view.top + view.down;
   const int64_t first = clamp(-origin, 0, columns), past = clamp(w.width - origin, first, columns);
-  for (int64_t next = first; next < past; next += strip) {
-    const int64_t x = clamp(next, first, std::max(first, past - strip));  // the last strip, whole: some of it once more
-    const In* column = image + (origin + x) * w.stride_w;
-    const int64_t pixels = std::min(strip, past - x);
-    Strip<In> above[3] = {}, below[3] = {};
-    load_strip<kChannels>(w, column, down, pixels, above);
-    for (int64_t y = 0; y < count; ++y) {
-      load_strip<kChannels>(w, column, down + std::min(y, rows - 1), pixels, below);
-      store_strip(words + y * pitch + x + 1, above, below);
-      std::copy(below, below + 3, above);
-    }
-  }
+  fill_rows<kChannels>(w, image + (origin + first) * w.stride_w, down, rows, past - first, pitch, words + 1 + first);
   for (int64_t y = 0; y < count; ++y) {  // afterwards: to read what was just written would wait for it
     Word<In>* row = words + y * pitch + 1;
     for (int64_t x = 0; x < first; ++x) row[x] = 0;  // black beyond the image
@@ -243,18 +256,32 @@ LOCAL bool locate(const CentredMap& m, const Warp& w, const float* centres, int6
   return least >= std::max(m.doubt_u, m.doubt_v);
 }
 
-// The same in float64, for any part of an image.
-LOCAL void locate_exactly(const Coefficients& k, const View& view, int64_t pitch, int64_t row, int64_t column,
-                          int64_t rows, int64_t columns, Block& block) {
-  for (int64_t i = 0; i < rows * columns; ++i) {
-    const Point point = source_point(k, row + i / columns, column + i % columns);
-    const bool within = inside(view, point);
-    const double x = within ? point.u - view.left + 0.5 : 0.0, y = within ? point.v - view.top + 0.5 : 0.0;
-    const int32_t left = static_cast<int32_t>(x), top = static_cast<int32_t>(y);
-    const float fx = static_cast<float>(x - left);
-    block.at[i] = top * static_cast<int32_t>(pitch) + (left ^ -view.flip);
-    block.fx[i] = !within ? kOutside : view.flip ? 1.0f - fx : fx;
-    block.fy[i] = static_cast<float>(y - top);
+LOCAL HalfFloats beyond(Doubles value, HalfInts whole) {
+  return __builtin_convertvector(value - __builtin_convertvector(whole, Doubles), HalfFloats);
+}
+
+// The same in float64, as source_point and inside have it, for any part of an image.
+LOCAL void locate_exactly(const Coefficients& k, const Warp& w, const View& view, const float* centres, int64_t pitch,
+                          int64_t row, int64_t column, int64_t rows, int64_t columns, Block& block) {
+  const double left = view.left, end = view.end, top = view.top, bottom = view.bottom;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double y = static_cast<double>(row + r) + 0.5;
+    for (int64_t i = 0; i < columns; i += kLanes / 2) {
+      const Doubles x = __builtin_convertvector(load<HalfFloats>(centres + column + i), Doubles) + 0.5 * w.width;
+      const Doubles denominator = k.g * x + k.h * y + 1.0;
+      const Doubles u = (k.a * x + k.b * y + k.c) / denominator, v = (k.d * x + k.e * y + k.f) / denominator;
+      const Longs inside = (u >= left) & (u < end) & (v >= top) & (v < bottom);
+      const Doubles to_left = (Doubles)((Longs)(u - left + 0.5) & inside);
+      const Doubles to_top = (Doubles)((Longs)(v - top + 0.5) & inside);
+      const HalfInts at_left = __builtin_convertvector(to_left, HalfInts);
+      const HalfInts at_top = __builtin_convertvector(to_top, HalfInts);
+      const HalfFloats fx = beyond(to_left, at_left);
+      const HalfInts within = __builtin_convertvector(inside, HalfInts);
+      const int64_t to = r * columns + i;
+      store(block.at + to, at_top * static_cast<int32_t>(pitch) + (at_left ^ -view.flip));
+      store(block.fx + to, within ? (view.flip ? 1.0f - fx : fx) : kOutside);
+      store(block.fy + to, beyond(to_top, at_top));
+    }
   }
 }
 
@@ -312,10 +339,11 @@ LOCAL auto converted(Floats value) {
   }
 }
 
-// kChannels outputs of points begin to end of a block.
+// kChannels outputs of points begin to end of a block. What is written `ahead` elements further on is fetched: a store
+// to a line that is not in the cache has to wait for it.
 template <int kChannels, typename In, typename Out>
 LOCAL void blend(const Block& block, const Word<In>* from, int64_t pitch, const Channel* channels, int begin, int end,
-                 Bits<Out>* output, int64_t stride) {
+                 Bits<Out>* output, int64_t stride, int64_t ahead) {
   asm("" : "+r"(from));  // optimisation barrier: the sum in one register, not added up once more for each tap
   Floats scale[kChannels], offset[kChannels], fill[kChannels];
   for (int c = 0; c < kChannels; ++c) {
@@ -325,8 +353,8 @@ LOCAL void blend(const Block& block, const Word<In>* from, int64_t pitch, const 
   for (int i = begin; i < end; i += kLanes) {
     const Floats fx = load<Floats>(block.fx + i), fy = load<Floats>(block.fy + i);
     const Ints outside = fx < 0.0f;
-    for (int c = 0; c < kChannels && sizeof(Bits<Out>) > 1; ++c) {  // a store to a line that is not cached waits for it
-      __builtin_prefetch(output + c * stride + i - begin + kBlock, 1);
+    for (int c = 0; c < kChannels && sizeof(Bits<Out>) > 1; ++c) {
+      __builtin_prefetch(output + c * stride + i - begin + ahead, 1);
     }
     Floats values[kChannels];
     interpolate<kChannels>(from, pitch, block.at + i, fx, fy, values);
@@ -340,12 +368,12 @@ LOCAL void blend(const Block& block, const Word<In>* from, int64_t pitch, const 
 // The same of a whole block; of its last points, where they do not fill a vector, only those that are wanted.
 template <int kChannels, typename In, typename Out>
 LOCAL void blend_block(const Block& block, const Word<In>* from, int64_t pitch, const Channel* channels, int count,
-                       Bits<Out>* output, int64_t pixels) {
+                       Bits<Out>* output, int64_t pixels, int64_t ahead) {
   const int whole = count / kLanes * kLanes;
-  blend<kChannels, In, Out>(block, from, pitch, channels, 0, whole, output, pixels);
+  blend<kChannels, In, Out>(block, from, pitch, channels, 0, whole, output, pixels, ahead);
   if (whole == count) return;
   Bits<Out> rest[kChannels][kLanes];
-  blend<kChannels, In, Out>(block, from, pitch, channels, whole, count, rest[0], kLanes);
+  blend<kChannels, In, Out>(block, from, pitch, channels, whole, count, rest[0], kLanes, 0);
   for (int c = 0; c < kChannels; ++c) std::copy(rest[c], rest[c] + count - whole, output + c * pixels + whole);
 }
 
@@ -353,6 +381,8 @@ template <typename In, typename Out>
 TARGET void forward(const Warp& w, int64_t begin, int64_t end, void* outputs) {
   const int64_t pixels = w.height * w.width;
   const int64_t rows_together = std::max<int64_t>(1, kBlock / w.width), columns_together = std::min(kBlock, w.width);
+  const int64_t image = w.channels * pixels;
+  const int64_t ahead = image * sizeof(Bits<Out>) <= 65536 ? image : kBlock;  // the same place of the next image
   const std::vector<Channel> channels = make_channels<In, Out>(w);
   const std::vector<float> centres = make_centres(w);
   Frame<In> frame(w);
@@ -371,18 +401,18 @@ TARGET void forward(const Warp& w, int64_t begin, int64_t end, void* outputs) {
         const float* x0 = centres.data();
         const bool sure = !map.exact && (view.flip ? locate<true>(map, w, x0, frame.pitch, y, rows, block)
                                                    : locate<false>(map, w, x0, frame.pitch, y, rows, block));
-        if (!sure) locate_exactly(coefficients, view, frame.pitch, y, x, rows, columns, block);
+        if (!sure) locate_exactly(coefficients, w, view, x0, frame.pitch, y, x, rows, columns, block);
         std::fill(block.at + count, block.at + count + kLanes, 0);  // the rest of the last vector
         for (int64_t p = 0; p < frame.planes; ++p) {
           const int64_t c = p * kPacked<In>, left = w.channels - c;
           const Word<In>* from = frame.plane(p) + (view.flip ? view.end - view.left + 1 : 0);
           Bits<Out>* to = output + c * pixels + y * w.width + x;
           if (kPacked<In> == 1 || left == 1) {
-            blend_block<1, In, Out>(block, from, frame.pitch, &channels[c], count, to, pixels);
+            blend_block<1, In, Out>(block, from, frame.pitch, &channels[c], count, to, pixels, ahead);
           } else if (left == 2) {
-            blend_block<2, In, Out>(block, from, frame.pitch, &channels[c], count, to, pixels);
+            blend_block<2, In, Out>(block, from, frame.pitch, &channels[c], count, to, pixels, ahead);
           } else {
-            blend_block<3, In, Out>(block, from, frame.pitch, &channels[c], count, to, pixels);
+            blend_block<3, In, Out>(block, from, frame.pitch, &channels[c], count, to, pixels, ahead);
           }
         }
       }
