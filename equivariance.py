@@ -407,7 +407,7 @@ def composition(data, act, x, by_map, features, twice=None):
 
     act: the function that `ridge_map` returns. x (n, D): f(x). by_map, features (n, T, D): rho(t) f(x) and f(t(x)).
     twice (n * T, D): of t2(t1(x)), t2 being the next of the T; of quarter turns None, since all 16 products are turns.
-    Returns {measure: interval}."""
+    An image's own error counts as a millionth of the features' variance at least. Returns {measure: interval}."""
     def error(found, wanted):  # (n, ..., D) both -> (n,)
         return (found.double() - wanted.double()).square().sum(-1).flatten(1).mean(1)
 
@@ -425,9 +425,9 @@ def composition(data, act, x, by_map, features, twice=None):
     else:
         following = data.joined_targets()[1].unflatten(0, (data.n, -1)).roll(-1, 1).flatten(0, 1)
         errors = [error(after(following), twice.unflatten(0, (data.n, -1)))]
-    own = error(by_map, features)
-    least = 1e-12 * own.mean().item() + 1e-300
-    return {name: data.with_interval(lambda w, e=e: w @ e / (w @ own).clamp(min=least))
+    least = 1e-6 * error(features, features.mean((0, 1), keepdim=True)).mean().item() + 1e-300
+    own = error(by_map, features).clamp(min=least)
+    return {name: data.with_interval(lambda w, e=e: w @ e / (w @ own))
             for name, e in zip(COMPOSITION, errors, strict=False)}
 
 

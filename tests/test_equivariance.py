@@ -1,6 +1,7 @@
 """The measurement of equivariance: representations with known answers, retrieval and ridge regression against slow
 literal forms, chance, the bootstrap, the methods' own maps, and the command."""
 
+import functools
 import json
 import math
 import re
@@ -318,6 +319,11 @@ def test_turns_that_act_compose_and_turns_that_add_do_not():
     growing = equivariance.composition(data, lambda features, targets: 1.1 * act(features, targets), x,
                                        *(of.unflatten(0, (200, 4)) for of in (by_map, features)))
     assert growing["ρ(g)⁴ - 1"]["value"] > 0.5  # 1.1^4 is not 1
+    exact = functools.partial(act, offset=1e-3 * offset)  # a map without an error: relative to the features' variance
+    features = exact(x[data.test_index], data.joined_targets()[1]).unflatten(0, (200, 4))
+    found = equivariance.composition(data, exact, x, features, features)
+    variance = features.flatten(0, 1).var(0, correction=0).sum().item()
+    assert found["two in turn"]["value"] == pytest.approx(lacking / variance, rel=1e-3)
 
 
 def test_two_transformations_in_turn_are_the_product_of_their_maps():
