@@ -128,7 +128,7 @@ WARP_INLINE int64_t source_column(const Warp& w, const View& view) {
   return view.right + (view.flip ? w.width - view.end : view.left);
 }
 
-// The largest doubt, in pixels, with which float32 stays within 0.02 grey levels on the CPU, measured. Steeper maps,
+// The largest doubt, in pixels, with which float32 stays within 0.03 grey levels on the CPU, measured. Steeper maps,
 // which magnify its rounding, are computed in float64; of those that the methods draw, none up to 128 pixels a side,
 // one in 500 at 256.
 constexpr double kMaxDoubt = 5e-4;

@@ -1,6 +1,6 @@
 // The forward warp of uint8 and float32 images, in vectors of kLanes 32-bit numbers. warp_cpu.cpp includes this file
 // once for each instruction set, into a namespace of its own, with LOCAL as the functions' attributes. All give the
-// same bits: no sum is fused, and what differs are four functions that move or multiply integers.
+// same bits, but of a NaN: no sum is fused, and what differs are four functions that move or multiply integers.
 //
 // A source image is first copied into a frame: the window, cropped, its border repeated once around it. No tap then
 // needs clamping. A word of the frame is a float, or for uint8 images eight bytes: of each of three channels the pixel
