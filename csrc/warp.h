@@ -128,10 +128,10 @@ WARP_INLINE int64_t source_column(const Warp& w, const View& view) {
   return view.right + (view.flip ? w.width - view.end : view.left);
 }
 
-// The largest doubt, in pixels, with which float32 stays within 0.03 grey levels on the CPU, measured. Steeper maps,
-// which magnify its rounding, are computed in float64; of those that the methods draw, none up to 128 pixels a side,
-// one in 500 at 256.
-constexpr double kMaxDoubt = 5e-4;
+// The largest doubt, in pixels, with which float32 stays within 0.02 grey levels on the CPU, measured. Steeper maps,
+// which magnify its rounding, are computed in float64; of those that the methods draw, one in 20,000 at 96 pixels a
+// side, one in 16 at 256.
+constexpr double kMaxDoubt = 3e-4;
 
 // A map for float32, about the centres of image and window: u - centre = (au x + bu y + cu) / (g x + h y + w), v
 // likewise, with x and y counted from the centre of the output. Computed once for an image, in float64. Near the centre
