@@ -140,10 +140,10 @@ demo: setup
 	$(BIN)/python study/figures.py curves $(TRAINED:.ckpt=.jsonl) --output $(RUNS)/curves.png
 	$(BIN)/python study/figures.py decoded $(RUNS)/avt.ckpt --output $(RUNS)/decoded.png
 	$(BIN)/python probe.py $(TRAINED) --features mu --classifiers knn logistic --train-sizes 100 50 --precision fp32 \
-	    --json $(RUNS)/probe.json --markdown $(RUNS)/probe.md
+	    --json $(RUNS)/probe.json
 	$(BIN)/python equivariance.py $(TRAINED) --transformations projective --images 40 --per-image 30 --pairs 800 \
-	    --precision fp32 --json $(RUNS)/equivariance.json --markdown $(RUNS)/equivariance.md
-	@echo "pictures: $(RUNS)/decoded.png (t, as AVT decodes it) and $(RUNS)/curves.png; tables: $(RUNS)/*.md"
+	    --precision fp32 --json $(RUNS)/equivariance.json
+	@echo "pictures: $(RUNS)/decoded.png (t, as AVT decodes it) and $(RUNS)/curves.png; numbers: $(RUNS)/*.json"
 	@echo "After so few epochs AVT misses the outline (an error above 1) in about one test image of six, most often of 8, 0, 1."
 	@echo "VTE-BA explained hardly any of phase one's z: z is mostly t here, and VTE-BA sees x alone. Its features learned."
 	@echo "Trained so briefly, AVT, InfoNCE (2), STL and, depending on the processor's rounding, one more are behind an untrained"

@@ -389,14 +389,14 @@ def load_folder(folder, split, data_dir, image_size, limit=None):
 
 
 def load_files(files, classes, folder, split, data_dir, image_size, limit=None, resampling="BILINEAR"):
-    """Images of [(path, label or None)], resized and cropped to squares. They are cached beside the folder, or in
-    data_dir where nothing can be written there; only files that are new or have changed are decoded again."""
+    """Images of [(path, label or None)], resized and cropped to squares. They are cached in data_dir, and decoded again
+    when a file is new or has changed."""
     if not files:
         raise UserError(f"'{folder}' lists no images to {'test' if split == 'test' else 'train'} on")
-    files = files[:limit]
+    files, folder = files[:limit], folder.resolve()
     part = f"{'test' if split == 'test' else 'train'}-{image_size}{f'-first{limit}' if limit else ''}"
-    places = [folder.resolve().parent, Path(data_dir).resolve()]
-    caches = [place / f"{folder.resolve().name}.{part}.cache" for place in places]
+    place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
+    cache = Path(data_dir, f"{folder.name}-{place}.{part}.cache")
 
     def state(path):
         with contextlib.suppress(OSError):  # a broken link is named when it is decoded
@@ -409,45 +409,30 @@ def load_files(files, classes, folder, split, data_dir, image_size, limit=None, 
         except Exception as error:
             return "no image of a kind that is read" if "cannot identify" in str(error) else str(error)
 
-    states, known = [state(path) for path, _ in files], {}
-    for cache in caches:
-        with contextlib.suppress(Exception):  # whatever is wrong with a cache, the images are still there
-            cached = load_plain(cache)
-            if cached["images"].shape[1:] == (3, image_size, image_size) and cached["images"].dtype == torch.uint8:
-                known.update(zip(cached["states"], zip(cached["images"], cached["longest"], strict=True), strict=True))
-    new = [path for (path, _), seen in zip(files, states, strict=True) if seen not in known]
+    states = [state(path) for path, _ in files]
+    labels = torch.tensor([label for _, label in files]) if classes else None
+    with contextlib.suppress(Exception):  # whatever is wrong with a cache, the images are still there
+        known = load_plain(cache)
+        images, longest = known["images"], known["longest"]
+        if known["states"] == states and images.shape == (len(files), 3, image_size, image_size) \
+                and images.dtype == torch.uint8 and type(longest) is int:
+            return Images(images, labels, classes, longest)
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes without Python's lock
         warnings.simplefilter("ignore")  # PIL's
-        progress = tqdm(pool.map(attempt, new), total=len(new), desc=f"decoding {split} images", leave=False,
-                        disable=None)
-        decoded = dict(zip(new, progress, strict=True))
-    results = [decoded[path] if path in decoded else known[seen]
-               for (path, _), seen in zip(files, states, strict=True)]
-    whole = [i for i, result in enumerate(results) if not isinstance(result, str)]
-    images = torch.stack([results[i][0] for i in whole]) if whole else None
-    longest = [results[i][1] for i in whole]
-    if new and whole:
-        contents = {"states": [states[i] for i in whole], "images": images, "longest": longest}
-        keep_in_first(caches, lambda file: torch.save(contents, file))
+        results = list(tqdm(pool.map(attempt, [path for path, _ in files]), total=len(files),
+                            desc=f"decoding {split} images", leave=False, disable=None))
     broken = [f"'{path}' ({why})" for (path, _), why in zip(files, results, strict=True) if isinstance(why, str)]
     if broken:
         raise UserError(f"{len(broken)} of {len(files)} images cannot be read, repair or remove them: "
                         + ", ".join(broken[:10]) + (", ..." if len(broken) > 10 else ""))
-    labels = torch.tensor([label for _, label in files]) if classes else None
-    return Images(images, labels, classes, max(longest))
-
-
-def keep_in_first(paths, write):
-    """write(file) to the first of the paths that can be written. Warns unless that is the very first."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, write)
-            if path != paths[0]:
-                warnings.warn(f"'{paths[0].parent}' cannot be written to: decoded images are cached in '{path}'",
-                              stacklevel=3)
-            return
-    warnings.warn(f"decoded images are not cached: neither '{paths[0]}' nor '{paths[-1]}' can be written", stacklevel=3)
+    images, longest = torch.stack([image for image, _ in results]), max(side for _, side in results)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        contents = {"states": states, "images": images, "longest": longest}
+        write_atomically(cache, lambda file: torch.save(contents, file))
+    except OSError as error:
+        warnings.warn(f"decoded images are not cached, '{cache}' cannot be written ({error.strerror})", stacklevel=2)
+    return Images(images, labels, classes, longest)
 
 
 def image_statistics(dataset, images):
@@ -569,7 +554,7 @@ def training_parser(description, example, output, lr=None, lr_advice=ADAM_ADVICE
     parser = Parser(description=description, epilog=f"example:\n  {example}")
     add = parser.add_argument_group("what to train").add_argument
     add("--dataset", help=f"digits (offline), cifar10, stl10, or a folder with {LAYOUT} (default: cifar10)")
-    add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
+    add("--data-dir", default="data", help="for what is downloaded, and for decoded folders")
     add("--image-size", type=image_side,
         help="images are resized to this side (default: 32; for stl.py on stl10 96)")
     add("--limit", type=positive_int, metavar="N", help="train on the first N images only, for tries (default: all)")

@@ -806,7 +806,7 @@ def parse_args():
 
 
 def main():
-    run_evaluation(parse_args(), probe_equivariance, brief=True)
+    run_evaluation(parse_args(), probe_equivariance)
 
 
 if __name__ == "__main__":

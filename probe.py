@@ -711,71 +711,19 @@ def make_tables(rows):
     return tables
 
 
-def table_lines(table, aligned=False):
-    """Markdown. aligned: its columns stand under each other."""
+def table_lines(table):
+    """Markdown, its columns under each other."""
     rows = [table.headings, *table.lines]
-    widths = [max(3, *map(len, column)) if aligned else 0 for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width or "---" for width in widths])
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in rows]
 
 
 def print_tables(tables, notes):
+    """Markdown that can also be read as it is."""
     for table in tables:
-        print(f"\n{table.title}", *table_lines(table, aligned=True), sep="\n")
-    print("", *notes, sep="\n")
-
-
-def write_markdown(tables, notes, path, brief=False):
-    """brief: without z sampled; all but the first table, and the notes, open at a click."""
-    sampled, parts = FEATURES["sample"][0], []
-    for table in tables:
-        lines = [line for line in table.lines if not brief or line[1] != sampled]
-        parts.append((table.title, table_lines(table._replace(lines=lines))))
-    if brief:
-        notes = [note + "; these rows are in what --json writes" * note.startswith(sampled) for note in notes]
-    parts.append(("How it was measured", [f"- {note}" for note in notes]))
-    text = []
-    for place, (title, lines) in enumerate(parts):
-        if brief and place:
-            text += [f"<details><summary>{title}</summary>", "", *lines, "", "</details>", ""]
-        else:
-            text += [f"**{title}**", "", *lines, ""]
-    write_page(path, "\n".join(text))
-
-
-def between_marks(page, text, name="measured"):
-    """The page with `text` in place of what stands between the lines <!-- name --> and <!-- /name -->; None without."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if begin not in page or end not in page.split(begin, 1)[1]:
-        return None
-    before, rest = page.split(begin, 1)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
-
-
-def write_page(path, text):
-    """Writes text between the marks of a page, or a new page with them. Raises UserError."""
-    page = read_page(path)
-    page = page if page.strip() else "<!-- measured -->\n<!-- /measured -->\n"
-    write_text(path, between_marks(page, text))
-
-
-def read_page(path):
-    """What is there, "" where there is nothing. Raises UserError where tables would replace something else."""
-    try:
-        page = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read '{path}' ({error})") from error
-    if page.strip() and between_marks(page, "") is None:
-        raise UserError(f"'{path}' has no lines <!-- measured --> and <!-- /measured -->, between which tables go: add "
-                        "them, or give a new file")
-    return page
-
-
-def write_text(path, text):
-    try:
-        write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
-    except OSError as error:
-        raise UserError(f"cannot write '{path}' ({error.strerror})") from error
+        print(f"\n{table.title}\n", *table_lines(table), sep="\n")
+    print("", *(f"- {note}" for note in notes), sep="\n")
 
 
 JSON_VERSION = 1  # of what EQUIVARIANCE.md describes; a field that changes its meaning raises it
@@ -784,7 +732,11 @@ JSON_VERSION = 1  # of what EQUIVARIANCE.md describes; a field that changes its 
 def write_json(rows, path, made_with):
     """made_with: what `provenance` returns, and the seconds it took. One row a line."""
     lines = ",\n".join(map(json.dumps, rows))
-    write_text(path, f'{{"version": {JSON_VERSION}, "made_with": {json.dumps(made_with)},\n"rows": [\n{lines}\n]}}\n')
+    text = f'{{"version": {JSON_VERSION}, "made_with": {json.dumps(made_with)},\n"rows": [\n{lines}\n]}}\n'
+    try:
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise UserError(f"cannot write '{path}' ({error.strerror})") from error
 
 
 def read_rows(path):
@@ -810,7 +762,7 @@ def evaluation_parser(description, example):
         help="a checkpoint; or torchvision:NAME, timm:NAME or FILE.py:FUNCTION, whose features are (N, D), untrained "
         "unless a file WEIGHTS.pt follows, or torchvision:NAME:DEFAULT or timm:NAME:pretrained ask for weights")
     add("--dataset", help="other data: digits, stl10, what --transfer names, or a folder (default: the checkpoint's)")
-    add("--data-dir", default="data", help="where named data is downloaded to")
+    add("--data-dir", default="data", help="for what is downloaded, and for decoded folders")
     add("--image-size", type=image_side, help="of encoders that are no checkpoints (default: the library's)")
     add("--mean", nargs=3, type=number(float, 0, 1), metavar=tuple("RGB"),
         help="of each channel of images in [0, 1], for encoders that are no checkpoints (default: the library's)")
@@ -821,28 +773,24 @@ def evaluation_parser(description, example):
     add("--seed", type=seed_int, default=0, help="of subsets, transformations, sampled z, MLP, untrained encoders")
     add = parser.add_argument_group("where").add_argument
     add("--json", metavar="FILE", help="also write the rows, and what they were made with")
-    add("--markdown", metavar="FILE", help="also write the tables; in a page with the lines <!-- measured --> and "
-        "<!-- /measured -->, between these")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the encoder and the MLP")
     return parser
 
 
-def run_evaluation(args, evaluate, brief=False):
-    """evaluate(args, device) -> rows (dicts for --json), tables, notes. Writes and prints them; brief: the page."""
-    for path, suffix in ((args.json, ".json"), (args.markdown, ".md")):  # before the measurement, not after
-        if path and (Path(path).suffix != suffix or not os.access(Path(path).resolve().parent, os.W_OK)):
-            raise UserError(f"cannot write '{path}': give a file that ends in {suffix}, in a folder that is there and "
-                            "can be written to", exit_code=2)
-        if path and Path(path).exists():  # only what a run of this kind wrote may be written over
-            read_rows(path) if suffix == ".json" else read_page(path)
+def run_evaluation(args, evaluate):
+    """evaluate(args, device) -> rows (dicts for --json), tables, notes. Writes and prints them."""
+    if args.json:  # before the measurement, not after
+        if Path(args.json).suffix != ".json" or not os.access(Path(args.json).resolve().parent, os.W_OK):
+            raise UserError(f"cannot write '{args.json}': give a file that ends in .json, in a folder that is there "
+                            "and can be written to", exit_code=2)
+        if Path(args.json).exists():  # only what a run of this kind wrote may be written over
+            read_rows(args.json)
     keep_freed_memory()
     start, device = time.perf_counter(), choose_device(args.device)
     rows, tables, notes = evaluate(args, device)
     if args.json:
         write_json(rows, args.json, {**provenance(device), "seconds": round(time.perf_counter() - start, 1)})
-    if args.markdown:
-        write_markdown(tables, notes, args.markdown, brief)
     print_tables(tables, notes)
 
 

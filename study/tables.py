@@ -16,7 +16,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, UserError, run_command, write_atomically
 from equivariance import column
-from probe import CLASSIFIERS, FEATURES, between_marks
+from probe import CLASSIFIERS, FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {  # name: what the tables call it; study.mk has the commands
@@ -415,6 +415,15 @@ def readme_section(studies):
     about = (f"{used[0]['title']}; features mu, not sampled. "
              f"{'Mean ± standard deviation over training seeds' if several else 'Training seeds'}: {seeds}.")
     return "\n".join([*table(headings, lines), about, ""])
+
+
+def between_marks(page, text, name):
+    """The page with `text` in place of what stands between the lines <!-- name --> and <!-- /name -->; None without."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if begin not in page or end not in page.split(begin, 1)[1]:
+        return None
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
 def write_pages(root):

@@ -43,3 +43,9 @@ def the_device_is_the_cpu_unless_asked_for():
             patch.setattr(sys.modules[name], "choose_device",
                           lambda device: choose_device("cpu" if device == "auto" else device))
         yield
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The test runs in an empty folder: what is decoded is cached in its data/."""
+    monkeypatch.chdir(tmp_path)

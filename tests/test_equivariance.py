@@ -822,13 +822,12 @@ FEW = ["--images", "10", "--per-image", "12", "--pairs", "60"]
 
 @pytest.fixture(scope="module")
 def measured(module_folder):
-    """Untrained models at the digits' own 8 pixels, measured in one command into a page that is there already."""
+    """Untrained models at the digits' own 8 pixels, measured in one command."""
     folder = module_folder
     save(folder / "ba.ckpt", "vte_ba", barber_agakov(False), steerable=False)
     save(folder / "stl.ckpt", "stl", small_stl(), preset="code", inv=1.0, equi=1.0, trans=0.1, probabilistic=False)
-    (folder / "page.md").write_text("# Before\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nAfter.\n")
     result = run("equivariance.py", "ba.ckpt", "stl.ckpt", "--transformations", "projective", "crop", *FEW, "--compose",
-                 "--json", "rows.json", "--markdown", "page.md", cwd=folder)
+                 "--json", "rows.json", cwd=folder)
     return folder, result.stdout, read_rows(folder / "rows.json")
 
 
@@ -858,22 +857,18 @@ def test_the_command_measures_every_row(measured):
     assert written["made_with"]["seconds"] > 0 and "equivariance.py ba.ckpt" in written["made_with"]["command"]
 
 
-def page_tables(page):
-    """{title: (headings, {first cell and features: cells})} of a page."""
+def printed_tables(printed):
+    """{title: {first cell and features: {heading: cell}}}"""
     tables = {}
-    for title, text in re.findall(r"(?:\*\*|<summary>)(.*?)(?:\*\*|</summary>)\n\n(\|.*?)\n\n", page, re.DOTALL):
+    for title, text in re.findall(r"\n([^\n]+)\n\n(\|.*?)\n(?=\n)", printed, re.DOTALL):
         headings, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
         tables[title] = {tuple(line[:2]): dict(zip(headings, line, strict=True)) for line in lines}
     return tables
 
 
-def test_the_page_is_filled_between_its_marks(measured):
-    folder, _, rows = measured
-    page = (folder / "page.md").read_text()
-    assert page.startswith("# Before\n\n<!-- measured -->\n") and page.endswith("<!-- /measured -->\n\nAfter.\n")
-    assert "\nold\n" not in page and "| z sampled |" not in page
-    assert page.count("z sampled: drawn from N(mu, sigma²); these rows are in what --json writes") == 1
-    tables = page_tables(page)
+def test_the_tables_hold_the_rows(measured):
+    _, printed, rows = measured
+    tables = printed_tables(printed)
     assert list(tables) == [f"{family} transformations, {question}" for family in ("Projective", "Crop")
                             for question in ("shares of the variance of f(t(x))", "predicted from x and t(x)",
                                              "predicted from t(x) alone", "retrieval and movement",
@@ -897,9 +892,8 @@ def test_the_page_is_filled_between_its_marks(measured):
 
 
 def test_what_knowing_nothing_and_the_rotation_score_is_computed(measured):
-    folder, _, _ = measured
     errors = reference_errors()
-    tables = page_tables((folder / "page.md").read_text())
+    tables = printed_tables(measured[1])
     predicted, retrieved = (tables[f"Projective transformations, {question}"] for question in (
         "predicted from x and t(x)", "retrieval and movement"))
     explained = 1 - errors["rotation_only"] / errors["constant_predictor"]
@@ -923,7 +917,7 @@ def test_the_same_seed_measures_the_same_whatever_stands_beside(measured, monkey
 @pytest.mark.parametrize("flags, says", [
     (["--classifiers", "knn"], "unrecognized arguments: --classifiers"),
     (["--per-image", 4], "argument --per-image: '4' is not a number from 10 to 1,000,000"),
-    (["--markdown", "table.txt"], "give a file that ends in .md"),
+    (["--json", "table.txt"], "give a file that ends in .json"),
     (["--json", "no/folder.json"], "in a folder that is there"),
     (["--transformations", "shear"], "invalid choice"),
 ])
@@ -1001,6 +995,6 @@ def test_the_pictures_are_drawn_and_refuse_what_they_cannot_draw(figures, measur
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     refused("study/figures.py", "shares", "rows.json", "--transformations", "scale", cwd=folder, code=1,
             says="holds no shares under scale transformations")
-    refused("study/figures.py", "shares", "page.md", cwd=folder, code=1,
+    refused("study/figures.py", "shares", "avt.ckpt", cwd=folder, code=1,
             says="is no file that --json of probe.py or equivariance.py wrote")
     refused("study/figures.py", "decoded", "ba.ckpt", cwd=folder, code=1, says="decodes no transformation")

@@ -353,8 +353,9 @@ def test_what_the_data_is_called(tmp_path):
 
 def test_a_folder_is_of_one_set_of_data(tmp_path, monkeypatch):
     copy = copy_of_cifar10(tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
     parts.prepare(tmp_path / "runs/cifar10-small", "small", str(copy), "data", 10)
-    assert len(list(tmp_path.glob("copy.*.cache"))) == 3  # what trainings decode, what evaluations do
+    assert len(list(tmp_path.glob("data/copy-*.cache"))) == 3  # what trainings decode, what evaluations do
     monkeypatch.setattr(parts, "load_images", lambda *args: None)
     parts.prepare(tmp_path / "runs/cifar10-small", "small", str(copy), "data", 10)
     with pytest.raises(UserError, match="JPEG copy.* which is not CIFAR-10: give other RUNS"):

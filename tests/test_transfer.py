@@ -262,7 +262,7 @@ def test_the_table_of_transfer(tmp_path, monkeypatch, capsys):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[2:] == [f"{error:.3f}" for error in [*errors, np.mean(errors)]]
     for name in set(common.TRANSFER).difference(had):
-        assert shown.count(f"\n{name} is left out: ") == 1
+        assert shown.count(f"\n- {name} is left out: ") == 1
     assert ("flowers102: 8 training images, the L2 weight of linear chosen on its own validation split; 6 test images"
             in shown)
     assert "mit67: 6 training images, the L2 weight of linear chosen on 12.5% of them; 4 test images" in shown
