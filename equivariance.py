@@ -730,8 +730,7 @@ def column(row):
     """The heading under which a row's value stands; None for what only --json tells."""
     if row["measure"] == "share":
         return None if row["part"] in ("image by image", "noise of sigma") else row["part"]
-    if (row.get("map") == "t alone" or row["measure"] in ("excess MRR", "excess H@5", "MSE", "PRE")
-            or row.get("from") == "x and t(x), no products"):  # in older files
+    if row.get("map") == "t alone" or row["measure"] in ("excess MRR", "excess H@5", "MSE", "PRE"):
         return None
     alone = ALONE if row.get("from") == "t(x)" else ""
     if row["measure"] == "squared error":

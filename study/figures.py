@@ -18,7 +18,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib import font_manager
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -338,21 +337,6 @@ def draw_shares(args):
     save(figure, args.output)
 
 
-def drawable(names):
-    """Names of classes as the fonts of this machine can draw them, which it sets: matplotlib's own, and any that has
-    what that lacks. "class 3" stands for a name in a script that no font has."""
-    missing, families = {ord(letter) for letter in "".join(names) if not letter.isspace()}, []
-    others = sorted({(font.name, font.fname) for font in font_manager.fontManager.ttflist})
-    for family, path in [("DejaVu Sans", font_manager.findfont("DejaVu Sans")), *others]:
-        lacks = {letter for letter in missing if not font_manager.get_font(path).get_char_index(letter)}
-        if not families or (lacks < missing and "Last Resort" not in family):  # which has a box for every letter
-            families.append(family)
-            missing = lacks
-    plt.rcParams["font.family"] = families
-    drawn = [f"class {number}" if missing & set(map(ord, name)) else name for number, name in enumerate(names)]
-    return [name.replace("$", r"\$").replace("_", " ") for name in drawn]  # legends leave out _name, $ is TeX
-
-
 def draw_errors(args):
     """Error against the number of labels, of all methods of a study: one panel for each classifier and kind of
     features, bars of one standard deviation over seeds, the paper's numbers dashed."""
@@ -406,7 +390,7 @@ def draw_overview(args):
     studies = {name: tables.read_results(path) for name in tables.STUDIES
                if (path := args.pages / "results" / f"{name}.json").exists()}
     rows, used, labels = tables.overview(studies)
-    measure = next((name for row in rows.values() for name in row if name in ("equivariant", "H@1")), None)
+    measure = "equivariant"
     rows = {method: row for method, row in rows.items() if row[measure]}
     if not rows:
         raise UserError(f"'{args.pages / 'results'}' holds no study on CIFAR-10 yet")
@@ -418,14 +402,9 @@ def draw_overview(args):
         axis.errorbar(row["k-NN"].mean(), row[measure].mean(), up, across, color=COLOURS[method], capsize=2,
                       marker=MARKERS.get(method, "o"), markersize=8, linestyle="none",
                       label=tables.METHODS[method].replace("*", ""))
-    if measure == "H@1":
-        axis.axhline(1 / 60, color="#777777", linestyle=":", linewidth=1)
-        axis.annotate("chance", (0, 1 / 60), xycoords=("axes fraction", "data"), xytext=(4, 3), fontsize=9,
-                      textcoords="offset points", color="#777777")
     axis.set_ylim(0, 0.05 + max(row[measure].mean() for row in rows.values()))
     axis.set(xlabel=f"k-NN error with {labels:,} labels (better to the left)",
-             ylabel="equivariant share of the variance" if measure == "equivariant" else
-             "f(t(x)) found first among 60 (H@1)")
+             ylabel="equivariant share of the variance")
     small = ", small scale" * any(results["scale"] == "small" for results in used)
     axis.set_title(f"Equivariance and labels: CIFAR-10{small}")
     axis.grid(alpha=0.3)
@@ -446,7 +425,7 @@ def parse_args():
         return subcommand.add_argument
 
     def drawn_from_data(add, of):
-        add("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
+        add("--data-dir", default="data", help="for what is downloaded, and for decoded folders")
         add("--seed", type=seed_int, default=0, help=f"of {of}")
 
     add = picture("curves", draw_curves, "training curves of one or more logs, side by side")

@@ -25,7 +25,7 @@ def parse_args():
     parser = Parser(description="A ResNet-18 of torchvision's, trained on labels.",
                     epilog="example:\n  python study/supervised.py --dataset cifar10 --output resnet18.pt")
     parser.add_argument("--dataset", default="cifar10", help="digits, cifar10, stl10, or a folder with classes")
-    parser.add_argument("--data-dir", default="data", help="where cifar10 and stl10 are downloaded to")
+    parser.add_argument("--data-dir", default="data", help="for what is downloaded, and for decoded folders")
     parser.add_argument("--image-size", type=positive_int, default=32)
     parser.add_argument("--limit", type=positive_int, help="train on the first so many images")
     parser.add_argument("--epochs", type=positive_int, default=4)
