@@ -74,7 +74,7 @@ def finish(path):
         rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
         names = rows[0].keys() - {"epoch", "seconds", "constant_predictor", "outline_only", "rotation_only", "ceiling"}
         log = {name: [float(f"{row[name]:.5g}") for row in rows] for name in sorted(names)}
-        record = {"checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "epochs": rows[-1]["epoch"],
+        record = {"checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "epochs": checkpoint["epoch"],
                   "images": checkpoint["config"]["images"], "seconds": round(sum(row["seconds"] for row in rows), 1),
                   "log": log, "made_with": checkpoint["made_with"]}
     except (OSError, ValueError, LookupError, TypeError) as error:

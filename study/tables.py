@@ -171,6 +171,14 @@ def measurements(results):
     return errors, equivariance
 
 
+def stopped_early(results):
+    """{method: its title with its epochs} of those that a full study trained for fewer than its longest training."""
+    epochs = {part.partition("/")[2]: record["epochs"] for part, record in results["parts"].items()
+              if "epochs" in record and results["scale"] == "full"}
+    return {method: f"{METHODS[method]}, {number} epochs" for method, number in epochs.items()
+            if number < max(epochs.values())}
+
+
 def seeds_of(results):
     return sorted({int(part.partition("/")[0]) for part in results["parts"]})
 
@@ -189,6 +197,7 @@ def table(headings, rows):
 def error_tables(results, errors, seeds):
     """For each classifier and number of labels ours, the paper's and, where trainings are as long, the difference."""
     compared, published, full = compared_features(results), published_for(results), results["scale"] == "full"
+    titles = METHODS | stopped_early(results)
     digits = 4 if results["study"].startswith("stl-") else 3
     for classifier in dict.fromkeys([*published, *(key[2] for key in errors)]):
         known = published.get(classifier, {})
@@ -200,7 +209,7 @@ def error_tables(results, errors, seeds):
             headings += [f"{size:,} labels: ours", "paper", "difference"][: 2 + full] if known else [f"{size:,} labels"]
         rows = []
         for method, features in in_order([key[:2] for key in errors] + [(method, compared) for method in known]):
-            cells = [METHODS[method], KINDS[features]]
+            cells = [titles[method], KINDS[features]]
             for size in sizes:
                 ours = errors.get((method, features, classifier, size))
                 theirs = known.get(method, {}).get(size) if features == compared else None
@@ -383,12 +392,13 @@ def readme_section(studies):
     rows, used, labels = overview(studies)
     if not rows:
         return "*Not yet run.*\n"
-    published = PUBLISHED["cifar10"]["knn"]
-    lines = []
+    published, titles, lines = PUBLISHED["cifar10"]["knn"], dict(METHODS), []
+    for results in used:
+        titles |= stopped_early(results)
     for method, measured in rows.items():
         theirs = published.get(method, {}).get(labels)
         cells = [value.text() if value else "–" for value in measured.values()]
-        lines.append([METHODS[method], cells[0], f"{theirs:.3f}" if theirs else "", *cells[1:]])
+        lines.append([titles[method], cells[0], f"{theirs:.3f}" if theirs else "", *cells[1:]])
     headings = ["", f"k-NN error, {labels:,} labels", "the paper's: z sampled, trained in full", *list(measured)[1:]]
     if all(results["scale"] == "full" for results in used):
         headings[2] = "the paper's: z sampled"
