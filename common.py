@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from minter_warp import normalization, sample_coefficients, sample_crops, warp_batch
@@ -1177,22 +1178,6 @@ def load_encoder(checkpoint, path, probabilistic=False):
     return load_weights(encoder, checkpoint["encoder"], path).eval()
 
 
-@contextlib.contextmanager
-def averaged_batch_norm(encoder):
-    """In here the encoder is in training mode, and its batch normalisation's running statistics are plain averages over
-    the batches; after it in eval mode, and training would follow the last batches again."""
-    norms = [module for module in encoder.train().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    yield
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    encoder.eval()
-
-
-@torch.no_grad()
 def untrained_phase_one(run, images=2048):
     """Phase two's control: a phase one that was never trained, in eval mode. z is its mu, without noise; its batch
     normalisation has the statistics of so many training images, transformed."""
@@ -1201,13 +1186,16 @@ def untrained_phase_one(run, images=2048):
     nn.init.constant_(encoder.logvar.bias, -30.0)
     generator = torch.Generator(run.device).manual_seed(run.seed_of("phase one"))
     order = torch.randperm(len(run.images), generator=generator, device=run.device)[:images]
-    with averaged_batch_norm(encoder):
+
+    def batches():
         for index in order.split(256):
             if len(index) > 1:  # batch normalisation takes no batch of one image
                 crops = sample_crops(len(index), run.size, generator)
                 coefficients = sample_coefficients(len(index), run.size, generator)
-                encoder(warp_batch(run.images, index, crops, coefficients, run.scale, run.shift))
-    return encoder
+                yield warp_batch(run.images, index, crops, coefficients, run.scale, run.shift)
+
+    update_bn(batches(), encoder)
+    return encoder.eval()
 
 
 def export_encoder(checkpoint, path, dtype=torch.float32):

@@ -43,6 +43,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from common import (
@@ -51,7 +52,6 @@ from common import (
     TRANSFER,
     Parser,
     UserError,
-    averaged_batch_norm,
     build_encoder,
     choose_device,
     choose_precision,
@@ -158,11 +158,13 @@ def encode(encoder, images, mean, std, device, dtype, batch_size=None, index=Non
 
 def calibrated(encoder, images, config, device, dtype):
     """The encoder in eval mode, its batch normalisation with the statistics of (up to 2,048) images."""
-    n = min(CALIBRATION_IMAGES, len(images))
-    n -= n % encode_batch(images.shape[-1]) == 1 and n > 1  # batch normalisation takes no last batch of one image
-    with averaged_batch_norm(encoder):
-        encode(encoder, images[:n], config["mean"], config["std"], device, dtype)
-    return encoder
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    images, normal = images[:CALIBRATION_IMAGES].to(device), normalization(config["mean"], config["std"], device)
+    parts = torch.arange(len(images), device=device).split(encode_batch(images.shape[-1]))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        update_bn((warp_batch(images, part, scale=normal[0], shift=normal[1], dtype=dtype)
+                   for part in parts if len(part) > 1), encoder)  # batch normalisation takes no batch of one image
+    return encoder.eval()
 
 
 def random_encoder(images, config, seed, device, dtype):

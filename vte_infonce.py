@@ -24,7 +24,6 @@ Deviations and readings:
 Logged: bound, in nats, beside its ceiling log N for a full batch; logvar of z_hat and z_std of z, as in vte_ba.py.
 """
 
-import contextlib
 import math
 import warnings
 
@@ -56,7 +55,7 @@ class ConcatenatedCritic(nn.Module):
 
     `layers` is f, and forward gives layers(all pairs). Its first layer splits, W [z_hat; z] = W1 z_hat + W2 z, so no
     (N^2, 1024) tensor is made. Each chunk of rows is computed again in the backward pass, so memory holds one chunk and
-    N^2 scores. AlexNet's head has one chunk: batch normalisation needs the statistics of all N^2 pairs."""
+    N^2 scores. AlexNet's head holds all: batch normalisation needs the statistics of all N^2 pairs."""
 
     def __init__(self, deep=False, features=512):
         super().__init__()
@@ -81,27 +80,11 @@ class ConcatenatedCritic(nn.Module):
             with torch.autocast(a.device.type, enabled=False):
                 return last(hidden.to(last.weight)).view(len(part), len(a))
 
-        rows = len(b) if self.deep else max(1, CHUNK.get(a.device.type, 1 << 20) // a.numel())
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        if self.deep and not torch.compiler.is_compiling():  # a compiled recomputation has no side effects
-            options["context_fn"] = self.contexts
-        return torch.cat([recompute(scores, part, **options) for part in b.split(rows)])
-
-    def contexts(self):
-        """Of the forward pass and of the recomputation, which must not update the running statistics again."""
-        return contextlib.nullcontext(), self.running_statistics_kept()
-
-    @contextlib.contextmanager
-    def running_statistics_kept(self):
-        norms = [layer for layer in self.layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:  # the recomputation ends by an exception once it has what it needs
-            yield
-        finally:
-            for norm in norms:
-                norm.momentum = 0.1
-                norm.num_batches_tracked -= int(norm.training)
+        if self.deep:
+            return scores(b)
+        rows = max(1, CHUNK.get(a.device.type, 1 << 20) // a.numel())
+        return torch.cat([recompute(scores, part, use_reentrant=False, preserve_rng_state=False)
+                          for part in b.split(rows)])
 
 
 class SeparatedCritic(nn.Module):

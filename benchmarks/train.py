@@ -27,6 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -55,18 +56,6 @@ def random_images(n, size):
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-@contextlib.contextmanager
-def replaced(module, **values):
-    before = {name: getattr(module, name) for name in values}
-    for name, value in values.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
-
-
 def train(name, n, args, folder, *flags):
     """Runs a script's training on n random images; returns its log. Nothing is left of the run before."""
     script, *own = SCRIPTS[name]
@@ -78,8 +67,8 @@ def train(name, n, args, folder, *flags):
     command = [str(Path(folder) / "pt.ckpt") if part == "PT" else str(part) for part in command]
     data = common.Images(random_images(n, args.image_size), None, [], args.image_size)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), \
-            replaced(sys, argv=command), replaced(common, load_images=lambda *_: data), \
-            replaced(module, **({"reference_errors": dict} if hasattr(module, "reference_errors") else {})):
+            patch.multiple(sys, argv=command), patch.multiple(common, load_images=lambda *_: data), \
+            patch.object(module, "reference_errors", dict, create=True):
         module.train(module.parse_args())
     return [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
 
@@ -118,8 +107,8 @@ def batches_made_beforehand(name, args):
         return remembered
 
     makers = [maker for maker in ("warp_batch", "transform", "transformation_target") if hasattr(module, maker)]
-    with replaced(common.Run, batches=same_batches), \
-            replaced(module, **{maker: once(getattr(module, maker)) for maker in makers}):
+    with patch.multiple(common.Run, batches=same_batches), \
+            patch.multiple(module, **{maker: once(getattr(module, maker)) for maker in makers}):
         yield
 
 
@@ -187,8 +176,8 @@ def usual_pipeline(name, args):
         made = {"transform": lambda images, index, view, *_: view}
     else:
         made = {"warp_batch": lambda images, index, views, coefficients, *_: views[0 if coefficients is None else -1]}
-    with replaced(common.Run, batches=batches, prepare=lambda run, model: model.to(run.device)), \
-            replaced(importlib.import_module(script), **made):
+    with patch.multiple(common.Run, batches=batches, prepare=lambda run, model: model.to(run.device)), \
+            patch.multiple(importlib.import_module(script), **made):
         yield
 
 
@@ -227,7 +216,7 @@ def counted(name, args, folder):
                 with next(modes):
                     yield batch
 
-        with replaced(common.Run, batches=batches):
+        with patch.multiple(common.Run, batches=batches):
             train(name, args.batch_size, args, folder, "--epochs", 2)
         return mode
 
