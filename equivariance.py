@@ -61,7 +61,7 @@ def draw_projective(n, size, generator, border="grey", family="projective"):
     as `warp_batch` returns them, and the targets of a prediction, {name: (n, k) float32}: t, the 8 normalised
     coefficients (of projective only); the rotation, one of 4; and of the quadrilateral that the image becomes, in sides
     of the image, the scale (square root of its area) and the translation (of the mean of its corners, across and
-    down)."""
+    down). No parameters, which `draw_crop_or_colour` has."""
     quarter_turns, corners = sample_corners(n, size, generator, family)
     coefficients = coefficients_from_corners(corners, size)
     x, y = (corners / size).float().unbind(-1)  # (n, 4)
@@ -80,7 +80,7 @@ def draw_projective(n, size, generator, border="grey", family="projective"):
             return warp_batch(images, index, None, chosen, scale, shift, dtype)
         return (reflected_warp(images[index], chosen) * scale[:, None, None] + shift[:, None, None]).to(dtype)
 
-    return apply, targets if family == "projective" else {family: targets[family]}
+    return apply, targets if family == "projective" else {family: targets[family]}, {}
 
 
 def zoom(coefficients, size, side):
@@ -105,7 +105,7 @@ def draw_crop_or_colour(n, size, generator, border=None, crop=True, colour=True,
     """The same of what STL learns from: a resized crop, colour jitter (on every image, in random order), both, or
     (single) one of SINGLE alone; they show nothing outside whatever the border. The targets are the crop's centre and
     its width and height, in sides of the image, how far each adjustment of colour is of its range, -1 to 1, and of
-    single ones the kind."""
+    single ones the kind. Also returns the parameters, which `views.transform` takes."""
     drawn, targets = sample_transformations(n, size, generator), {}
     parameters = unchanged_transformations(n, size)
     kept = torch.ones(n, len(SINGLE))
@@ -127,7 +127,7 @@ def draw_crop_or_colour(n, size, generator, border=None, crop=True, colour=True,
         chosen = {name: values[rows].to(images.device) for name, values in parameters.items()}
         return transform(images, index, chosen, (255 * scale, shift), dtype)
 
-    return apply, targets
+    return apply, targets, parameters
 
 
 INSIDE = {"rotation": 1, "scale": 0.8, "translation": 0.75, "projective": 0.55}  # the square that is always filled
@@ -145,7 +145,8 @@ class EvaluationSet:
     Test images 2i and 2i + 1 share their T transformations: STL reads the code off the partner. The bootstrap resamples
     pairs. Of rotation each image gets all four (every).
 
-    train_index (N,), test_index (n * T,): which image. train_targets {name: (N, k)}, test_targets {name: (n * T, k)}.
+    train_index (N,), test_index (n * T,): which image. train_targets {name: (N, k)}, test_targets {name: (n * T, k)};
+    test_parameters {name: (n * T, ...)} of crops and colours, as `views.transform` takes them.
     held_out (N,): the pairs that the ridge penalty is chosen on. weights (1 + B, n): of each test image in the
     bootstrap; the first row, all 1, is no resample."""
 
@@ -156,12 +157,13 @@ class EvaluationSet:
         self.family, self.border, self.n, self.per_image = family, border, test_images - test_images % 2, per_image
         self.train_index = torch.arange(pairs) % train_images
         self.held_out = self.train_index < max(1, round(RIDGE_VALIDATION * min(pairs, train_images)))
-        self.train_apply, self.train_targets = FAMILIES[family](pairs, size, generator, border)
-        apply, drawn = FAMILIES[family](self.n // 2 * per_image, size, generator, border)
+        self.train_apply, self.train_targets, _ = FAMILIES[family](pairs, size, generator, border)
+        apply, drawn, parameters = FAMILIES[family](self.n // 2 * per_image, size, generator, border)
         row = torch.arange(self.n * per_image)
         self.test_index = row // per_image
         shared = self.test_index // 2 * per_image + row % per_image
         self.test_targets = {name: values[shared] for name, values in drawn.items()}
+        self.test_parameters = {name: values[shared] for name, values in parameters.items()}
         self.test_apply = lambda images, index, rows, *rest: apply(images, index, shared[rows], *rest)
 
         def apply_twice(images, index, rows, scale, shift, dtype):
@@ -459,33 +461,22 @@ def barber_agakov_map(checkpoint, path):
     return model.phase_one, predict, None
 
 
-def labels_from_targets(targets, groups):
-    """The `transformation_labels` of what `draw_crop_or_colour` drew, from its targets."""
-    n = len(next(iter(targets.values())))
-    parameters = unchanged_transformations(n, 1)  # in sides of the image
-    if "crop size" in targets:
-        size = targets["crop size"]
-        parameters["box"] = torch.cat([targets["crop position"] + 0.5 - size / 2, size], 1)[:, [1, 0, 3, 2]]
-    if "hue" in targets:
-        parameters["factors"] += torch.cat([targets[name] for name in COLOURS], 1) * JITTER
-    return transformation_labels(parameters, 1, groups)
-
-
 def hypernetwork_map(checkpoint, path):
     """STL's: W(y_t(x')) f(x), with the code y_t from another image x' under the same t (eq. 5 and 7); also after the
     projector, where its loss compares. --code labels: the code comes from the parameters of t."""
     import stl
 
     model, _ = stl.load_stl(path)
+    size = checkpoint["config"]["image_size"]
 
     def predict(data, x, tx):
-        if model.hypernetwork is None or (model.code == "labels" and "t" in data.test_targets):  # which has no labels
+        if model.hypernetwork is None or (model.code == "labels" and not data.test_parameters):  # projective: no labels
             return
         candidates = tx.unflatten(0, (data.n, -1))  # (n, T, D)
         if model.code == "labels":
             groups = stl.LEARN[checkpoint["config"]["learn"]]
-            labels = labels_from_targets(data.test_targets, groups)
-            unchanged = transformation_labels(unchanged_transformations(len(labels), 1), 1, groups)
+            labels = transformation_labels(data.test_parameters, size, groups)
+            unchanged = transformation_labels(unchanged_transformations(len(labels), size), size, groups)
             codes = model.encode_transformation(unchanged, labels).unflatten(0, (data.n, -1))
         else:
             codes = stl.partner(model.encode_transformation(x[data.test_index], tx).unflatten(0, (data.n, -1)))

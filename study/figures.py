@@ -37,7 +37,6 @@ from minter_warp import (
     projective_warp,
     sample_coefficients,
     transformation_target,
-    views,
     warp_batch,
 )
 
@@ -127,25 +126,6 @@ def draw_curves(args):
     save(figure, args.output)
 
 
-CODE_KINDS = ["crop", "brightness", "contrast", "saturation", "hue"]  # each alone
-
-
-def single_transformations(kind, n, size, generator):
-    """n transformations of one kind with all else left as it is: what views.transform takes, and {strength: values}."""
-    drawn = views.sample_transformations(n, size, generator)
-    parameters = {**views.unchanged_transformations(n, size), "order": drawn["order"]}
-    if kind == "crop":
-        parameters["box"] = box = drawn["box"]
-        top, left, height, width = box.float().unbind(1)
-        return parameters, {"crop position, across": left + width / 2 - size / 2,
-                            "crop position, down": top + height / 2 - size / 2, "crop size": (height * width).sqrt()}
-    column = CODE_KINDS.index(kind) - 1
-    spread = 0.1 if kind == "hue" else 0.4
-    value = spread * (2 * torch.rand(n, generator=generator) - 1)
-    parameters["factors"][:, column] += value
-    return parameters, {kind: value}
-
-
 def matrix_points(codes, weight):
     """Codes (N, 128) and the weight (512, 512, 128) of stl.Hypernetwork -> points (N, 128) float64 that lie as far from
     each other as the matrices W(y_t), (N, 512, 512), which are not made. W is linear in the code, so <W(y), W(y')> =
@@ -155,9 +135,13 @@ def matrix_points(codes, weight):
     return codes.double() @ vectors * values.clamp(min=0).sqrt()  # but for a rotation
 
 
+@torch.no_grad()
 def transformation_codes(path, n, data_dir, seed):
-    """Codes (5 n, 128) of pairs of a held-out image and the same transformed, their `matrix_points`, None without a
-    hypernetwork, the kind of each (0 to 4), and {strength: values, NaN where it is of another kind}."""
+    """Codes (n, 128) of pairs of a held-out image and the same under a crop or one adjustment of colour, their
+    `matrix_points`, None without a hypernetwork, the kind of each, the number of one of `equivariance.SINGLE`, and
+    {strength: values, NaN where it is of another kind}."""
+    from equivariance import COLOURS, FAMILIES, SINGLE
+    from probe import encode
     from stl import load_stl
 
     model, checkpoint = load_stl(path)
@@ -167,24 +151,18 @@ def transformation_codes(path, n, data_dir, seed):
     config, size = checkpoint["config"], checkpoint["config"]["image_size"]
     images = load_images(config["dataset"], "test", data_dir, size).images
     generator = torch.Generator().manual_seed(seed)
-    scale, shift = normalization(config["mean"], config["std"])
-    codes, kinds, strengths = [], [], {}
-    for number, kind in enumerate(CODE_KINDS):
-        index = torch.randint(0, len(images), (n,), generator=generator)
-        parameters, values = single_transformations(kind, n, size, generator)
-        plain = views.unchanged_transformations(n, size)
-        with torch.no_grad():
-            normal = 255 * scale, shift
-            before, after = (views.transform(images, index, which, normal) for which in (plain, parameters))
-            for x, t in zip(before.split(250), after.split(250), strict=True):
-                codes.append(model.encode_transformation(model.encoder(x), model.encoder(t)))
-        kinds += [number] * n
-        for name, value in values.items():
-            strengths[name] = torch.full((len(CODE_KINDS) * n,), torch.nan)
-            strengths[name][number * n : (number + 1) * n] = value
-    codes, strengths = torch.cat(codes), {name: value.numpy() for name, value in strengths.items()}
+    index = torch.randint(0, len(images), (n,), generator=generator)
+    apply, targets, _ = FAMILIES["single"](n, size, generator)
+    x, tx = (encode(model.encoder, images, config["mean"], config["std"], torch.device("cpu"), torch.float32,
+                    index=index, apply=how)[0] for how in (None, apply))
+    codes, kinds = model.encode_transformation(x, tx), targets["kind"].argmax(1)
+    across, down = targets["crop position"].unbind(1)
+    strengths = {"crop position, across": across, "crop position, down": down,
+                 "crop size": targets["crop size"].prod(1).sqrt(), **{name: targets[name][:, 0] for name in COLOURS}}
+    strengths = {name: torch.where(kinds == SINGLE.index(name.split()[0]), values, torch.nan).numpy()
+                 for name, values in strengths.items()}
     points = model.hypernetwork and matrix_points(codes, model.hypernetwork.weight).numpy()
-    return codes.numpy(), points, np.array(kinds), strengths
+    return codes.numpy(), points, kinds.numpy(), strengths
 
 
 def draw_codes(args):
@@ -192,6 +170,8 @@ def draw_codes(args):
     makes of them, by distance, coloured by the kind of transformation, and by how strong it is (STL Figures 1 and
     4)."""
     from sklearn.manifold import TSNE
+
+    from equivariance import SINGLE
 
     codes, points, kinds, strengths = transformation_codes(args.checkpoint, args.pairs, args.data_dir, args.seed)
     halves = [("codes of t", codes, "cosine"), ("matrices W(t)", points, "euclidean")][: 1 if points is None else 2]
@@ -202,7 +182,7 @@ def draw_codes(args):
         half.suptitle(title, fontsize=14)
         axes = half.subplots(4, 2)
         first, *others = axes.flat
-        for number, kind in enumerate(CODE_KINDS):
+        for number, kind in enumerate(SINGLE):
             first.scatter(*at[kinds == number].T, s=5, label=kind)
         first.set_title("kind of transformation")
         for axis, (name, strength) in zip(others, strengths.items(), strict=True):
@@ -213,7 +193,7 @@ def draw_codes(args):
             axis.set_title(name)
         for axis in axes.flat:
             axis.set_xticks([]), axis.set_yticks([])
-    figure.legend(*first.get_legend_handles_labels(), markerscale=3, loc="outside lower center", ncols=len(CODE_KINDS))
+    figure.legend(*first.get_legend_handles_labels(), markerscale=3, loc="outside lower center", ncols=len(SINGLE))
     save(figure, args.output)
 
 
@@ -432,7 +412,7 @@ def parse_args():
     add("logs", nargs="+", metavar="LOG", help="the .jsonl beside a checkpoint")
     add = picture("codes", draw_codes, "t-SNE of STL's transformation codes and matrices, by kind and by strength")
     add("checkpoint", metavar="CKPT", help="of stl.py; its own data set's test images are used")
-    add("--pairs", type=positive_int, default=400, help="of each kind of transformation")
+    add("--pairs", type=positive_int, default=2000, help="of an image and the same transformed")
     drawn_from_data(add, "images, transformations and t-SNE")
     add = picture("decoded", draw_decoded, "transformations as PT and AVT decode them, drawn over images")
     add("checkpoints", nargs="+", metavar="CKPT", help="of predictive_transform.py or avt.py")

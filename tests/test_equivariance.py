@@ -545,7 +545,7 @@ def test_drawing_corners_left_every_seed_as_it_was():
 
 
 def test_the_targets_of_a_projective_map_are_its_geometry():
-    apply, targets = FAMILIES["projective"](4000, 32, torch.Generator().manual_seed(0))
+    apply, targets, _ = FAMILIES["projective"](4000, 32, torch.Generator().manual_seed(0))
     turns, corners = sample_corners(4000, 32, torch.Generator().manual_seed(0))
     assert torch.equal(targets["rotation"].argmax(1), turns)
     assert targets["translation"].numpy() == pytest.approx((corners.mean(1) / 32 - 0.5).numpy(), abs=1e-6)
@@ -557,7 +557,7 @@ def test_the_targets_of_a_projective_map_are_its_geometry():
     square = torch.tensor([[[8.0, 0], [24, 0], [24, 16], [8, 16]]], dtype=torch.float64)  # half the side, 8 px up
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(equivariance, "sample_corners", lambda *_: (torch.zeros(1, dtype=torch.long), square))
-        _, targets = FAMILIES["projective"](1, 32, None)
+        _, targets, _ = FAMILIES["projective"](1, 32, None)
     assert targets["scale"].tolist() == [[0.5]] and targets["translation"].tolist() == [[0, -0.25]]
 
 
@@ -608,7 +608,7 @@ def views_of(images, family, border, n=200, fill=128.0):
     """images[0] under n transformations, in grey levels, and which of its pixels read a point inside of the image."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(equivariance, "warp_batch", partial(warp_batch, fill=fill))
-        apply, _ = FAMILIES[family](n, images.shape[3], torch.Generator().manual_seed(3), border)
+        apply, *_ = FAMILIES[family](n, images.shape[3], torch.Generator().manual_seed(3), border)
     return apply(images, torch.zeros(n, dtype=torch.long), torch.arange(n), torch.ones(3), torch.zeros(3),
                  torch.float32)
 
@@ -809,7 +809,7 @@ def test_the_hypernetwork_fed_by_labels_takes_them_from_the_transformation(tmp_p
     assert name == "hypernetwork, projected" and torch.equal(candidates[4, 7], tx[4 * PER_IMAGE + 7])
     both = evaluation_set("colour", test_images=10, size=8)
     strengths = torch.cat([both.test_targets[name] for name in ("brightness", "contrast", "saturation", "hue")], 1)
-    found = equivariance.labels_from_targets(both.test_targets, ("colour",))
+    found = transformation_labels(both.test_parameters, 8, ("colour",))
     assert torch.allclose(found[:, :4], strengths * 0.4 / 0.20656, atol=2e-4)  # hue: .1 / .05164 is the same
     assert list(predict(evaluation_set("projective", test_images=10, size=8), x, tx)) == []  # no labels of these
 
