@@ -3,7 +3,7 @@
 # make fuzz    the warp under 60,000 generated calls, in some minutes
 # make sanitize   the warp's C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench   the warp against what else there is, on the CPU; installs those libraries too
-# make bench-train  where the time of a training step goes, on the CPU
+# make bench-train  how fast each script trains, on the CPU
 # make bench-gpu  on a GPU: tests, sanitizers, benchmarks of the warp and of training; each also a target of its own
 # make reproduce  on a GPU: VTE's Tables 1-4 with three seeds, into RESULTS.md; with DATA=DIR, CIFAR-10 in files, 1-3
 # make reproduce-small  the same at a small scale, on two CPU cores in 84 minutes and those of the controls

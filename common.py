@@ -207,14 +207,14 @@ def load_images(dataset, split, data_dir="data", image_size=32, limit=None):
     """Decodes a data set, or its first `limit` images, into `Images`.
 
     dataset: of NAMED, a folder, or of TRANSFER. split: "train" or "test", both with labels, or what to pretrain on,
-    "unlabeled" or "train+unlabeled": the training images where a set has no unlabeled ones. Raises UserError.
+    "unlabeled" or "train+unlabeled": the training images where a set has no unlabeled ones. Raises UserError, OSError.
     """
     if dataset == "digits":
         data = load_digits_split(split, image_size)
     elif dataset in NAMED:
         data = load_torchvision(dataset, split, data_dir, image_size)
     elif dataset and Path(dataset).is_dir():
-        return load_folder(Path(dataset), split, data_dir, image_size, limit)
+        return load_files(*list_images(Path(dataset), split), Path(dataset), split, data_dir, image_size, limit)
     elif dataset in TRANSFER and split.endswith("unlabeled"):
         raise UserError(f"{dataset} is there to evaluate on, not to train: give another --dataset", exit_code=2)
     elif dataset in TRANSFER:
@@ -378,15 +378,6 @@ def list_images(folder, split):
         kinds, files = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(5)), ignored.total()
         warnings.warn(f"in '{root}', {files:,} of {len(found) + files:,} files are ignored: {kinds}", stacklevel=2)
     return [(path, label) for _, label, path in sorted(found)], classes
-
-
-def load_folder(folder, split, data_dir, image_size, limit=None):
-    """Images of a folder, as `load_files` has them."""
-    try:
-        files, classes = list_images(folder, split)
-    except OSError as error:
-        raise UserError(f"cannot list '{error.filename}' ({error.strerror})") from error
-    return load_files(files, classes, folder, split, data_dir, image_size, limit)
 
 
 def load_files(files, classes, folder, split, data_dir, image_size, limit=None, resampling="BILINEAR"):
@@ -613,9 +604,7 @@ def run_command(main):
         print(f"{Path(sys.argv[0]).name}: error: memory ran out; smaller or fewer images, or smaller batches, need "
               f"less ({str(error)[:200]})", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:  # of the output: whoever read it has gone, or its disk is full
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EDQUOT):
-            raise
+    except OSError as error:  # of a file, or of the output: whoever read it has gone, or its disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         if error.errno == errno.EPIPE:
             sys.exit(128 + signal.SIGPIPE)
@@ -861,9 +850,9 @@ class Run:
             self._cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total * self._steps,
                                                               cycle_momentum=False)
         self._trained = getattr(model, "module", model), optimizer, schedule
-        gigabytes = checkpoint_bytes(*self._trained[:2]) / 1e9
+        gigabytes = 3 * sum(weights.nbytes for weights in model.parameters()) / 1e9  # with Adam's two moments
         if gigabytes > 1:
-            self.say(f"a checkpoint will take {gigabytes:.1f} GB; probe.py --export makes some megabytes of it")
+            self.say(f"a checkpoint will take up to {gigabytes:.1f} GB; probe.py --export makes some megabytes of it")
         main = threading.current_thread() is threading.main_thread()  # only there signals can be caught
         with self._locked_output():
             finished = self._restore()
@@ -1101,13 +1090,6 @@ def save_checkpoint(path, method, config, model, optimizer, epoch, made_with):
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-def checkpoint_bytes(model, optimizer):
-    """The size of a checkpoint once the optimizer has its moments: two of each weight, SGD one."""
-    moments = 1 if isinstance(optimizer, torch.optim.SGD) else 2
-    optimized = sum(weights.nbytes for group in optimizer.param_groups for weights in group["params"])
-    return sum(value.nbytes for value in model.state_dict().values()) + moments * optimized
-
-
 def load_plain(path):
     """What torch.save or `export_encoder` wrote, tensors and plain values only, on the CPU; never runs code from the
     file. Raises OSError, or anything else where the file is damaged or of another kind."""
@@ -1200,7 +1182,7 @@ def untrained_phase_one(run, images=2048):
 
 def export_encoder(checkpoint, path, dtype=torch.float32):
     """Writes the encoder alone, with its settings as metadata, for `load_checkpoint` and for whoever has safetensors.
-    dtype: of kernels and matrices; bfloat16 halves the file. Raises UserError."""
+    dtype: of kernels and matrices; bfloat16 halves the file. Raises UserError, OSError."""
     try:
         from safetensors.torch import save
     except ImportError as error:
@@ -1213,10 +1195,7 @@ def export_encoder(checkpoint, path, dtype=torch.float32):
     weights = {name: value.to(dtype if value.dim() > 1 else value.dtype).contiguous()
                for name, value in checkpoint["encoder"].items()}
     content = save(weights, {"minter": json.dumps(metadata)})
-    try:
-        write_atomically(path, lambda file: file.write(content))
-    except OSError as error:
-        raise UserError(f"cannot write '{path}' ({error.strerror})") from error
+    write_atomically(path, lambda file: file.write(content))
 
 
 @torch.no_grad()

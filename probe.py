@@ -735,10 +735,7 @@ def write_json(rows, path, made_with):
     """made_with: what `provenance` returns, and the seconds it took. One row a line."""
     lines = ",\n".join(map(json.dumps, rows))
     text = f'{{"version": {JSON_VERSION}, "made_with": {json.dumps(made_with)},\n"rows": [\n{lines}\n]}}\n'
-    try:
-        write_atomically(path, lambda file: file.write(text.encode()))
-    except OSError as error:
-        raise UserError(f"cannot write '{path}' ({error.strerror})") from error
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_rows(path):

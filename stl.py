@@ -60,7 +60,6 @@ from minter_warp.views import LABELS, sample_views, transform, transformation_la
 PRESETS = {  # where the paper and its released code differ: the weight of L_trans, and hidden and output widths
     "code": {"trans": 0.1, "f_T": (128, 128), "projector": (512, 128), "trans_projector": (128, 128)},
     "paper": {"trans": 0.2, "f_T": (512, 512, 128), "projector": (512, 512, 128), "trans_projector": (512, 512, 128)},
-    "older paper": {"f_T": (512, 512, 128), "projector": (512, 128), "trans_projector": (128, 128)},  # see preset_of
 }
 LOSSES = {"learned": ("inv", "equi", "trans"), "labels": ("inv", "equi"), "predicted": ("inv", "predict")}  # of --code
 LEARN = {"crop": ("crop",), "colour": ("colour",), "crop+colour": ("crop", "colour"), "all": tuple(LABELS)}
@@ -159,13 +158,6 @@ class STL(nn.Module):
         return compared
 
 
-def preset_of(checkpoint):
-    """Of a checkpoint; "older paper" where the projectors of `paper` have two layers, as they once had."""
-    preset = checkpoint["config"].get("preset")
-    three = any(name.endswith("_projector.6.weight") for name in checkpoint["model"])
-    return "older paper" if preset == "paper" and not three else preset
-
-
 def load_stl(path):
     """The model of a checkpoint, in eval mode on the CPU, and the checkpoint. Raises UserError."""
     checkpoint = load_checkpoint(path)
@@ -175,7 +167,7 @@ def load_stl(path):
     if not checkpoint["method"].startswith("stl") or not known:
         raise UserError(f"'{path}' is a checkpoint of {checkpoint['method']}; one of stl.py is needed here")
     losses = [name for name in LOSSES[code] if config.get(name)]
-    model = STL(load_encoder(checkpoint, path), preset_of(checkpoint), losses, code=code, learn=learn)
+    model = STL(load_encoder(checkpoint, path), config["preset"], losses, code=code, learn=learn)
     return load_model(model, checkpoint, path), checkpoint
 
 
@@ -223,8 +215,7 @@ def train(args):
              *([] if len(weights) == len(LOSSES[args.code]) else weights)]
     run = Run("_".join(parts), args, split="train+unlabeled")
     encoder = build_encoder(args.encoder, args.image_size, probabilistic=False)
-    preset = preset_of(run.resumed_from) if run.resumed_from else args.preset
-    model = run.prepare(STL(encoder, preset, weights, code=args.code, learn=args.learn))
+    model = run.prepare(STL(encoder, args.preset, weights, code=args.code, learn=args.learn))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)

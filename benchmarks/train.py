@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, for each script.
+"""How fast each script trains, beside what its model alone could do and beside the usual data pipeline.
 
     python benchmarks/train.py --output results/train-cpu.json
 
@@ -7,9 +7,6 @@ that only model, loss and optimiser are left; (usual) the same with the data pip
 would write it today: PIL images in a Dataset, cropped, flipped and warped one by one by the workers of a DataLoader,
 float32, PyTorch's default layout; for STL torchvision's transforms on PIL images. Each runs in a process of its own, in
 turn; the rate is that of an epoch, after one to warm up, and the memory the process's largest, without the workers'.
-What bounds the ceiling's step is counted: the operations of its convolutions and matrix products, and the bytes that
-its operators read and write in eager mode, over what this device was measured to do in a large matrix product and in a
-copy; and on a CPU the shares of its time.
 
 On a CPU freed memory is kept, as the scripts keep it, unless MINTER_KEEP_MEMORY=0. Images are random.
 """
@@ -24,16 +21,12 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -48,7 +41,6 @@ SCRIPTS = {
     "stl nin": ["stl", "--encoder", "nin"],
     "stl resnet18": ["stl", "--encoder", "resnet18"],
 }
-PARTS = {"convolutions": ("conv",), "batch norm, ReLU": ("batch_norm", "relu", "threshold", "clamp_min")}  # operators
 
 
 def random_images(n, size):
@@ -193,71 +185,9 @@ def one_training(way, name, args, folder):
     return log[1]["images_per_second"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-class BytesMoved(TorchDispatchMode):
-    """Counts the bytes of the inputs and outputs of every operator that computes, but for the optimiser's writes."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        output = function(*arguments, **(options or {}))
-        if not function.is_view and not any(part in function.__name__ for part in ("empty", "view")):
-            tensors = tree_leaves((arguments, options, output))
-            self.bytes += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-        return output
-
-
-def counted(name, args, folder):
-    """Operations and bytes of one image's share of the ceiling's step, and on a CPU the shares of its time."""
-    def second_step_under(mode):
-        whole, modes = common.Run.batches, iter((contextlib.nullcontext(), mode))
-
-        def batches(run, *samplers, **options):
-            for batch in whole(run, *samplers, **options):
-                with next(modes):
-                    yield batch
-
-        with patch.multiple(common.Run, batches=batches):
-            train(name, args.batch_size, args, folder, "--epochs", 2)
-        return mode
-
-    with batches_made_beforehand(name, args):
-        operations = second_step_under(FlopCounterMode(display=False)).get_total_flops()
-        moved = second_step_under(BytesMoved()).bytes
-        if args.device == "cuda":
-            return operations / args.batch_size, moved / args.batch_size, None
-        profile = second_step_under(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]))
-    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    shares = {part: sum(value for key, value in times.items() if any(name in key for name in names))
-              / sum(times.values()) for part, names in PARTS.items()}
-    return operations / args.batch_size, moved / args.batch_size, {**shares, "rest": 1 - sum(shares.values())}
-
-
-def capabilities(device, dtype):
-    """(operations a second of a large matrix product in dtype, bytes a second of a copy)."""
-    side = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.empty(2**28 if device == "cuda" else 2**25, device=device)
-    target = torch.empty_like(source)
-
-    def seconds(run):
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
-
-    return 2 * side**3 / seconds(lambda: a @ b), 2 * source.nbytes / seconds(lambda: target.copy_(source))
-
-
 def measure_steps(args, keep):
-    dtype = choose_precision("auto", torch.device(args.device))
-    operations, bandwidth = capabilities(args.device, dtype)
-    result = {"dtype": str(dtype), "operations_per_second": operations, "bytes_per_second": bandwidth, "rows": []}
-    print(f"{operations / 1e9:,.0f} GFLOP/s in {dtype}, {bandwidth / 1e9:,.0f} GB/s of copies\n"
-          f"{'':26}{'images/s':>10}{'of ceiling':>12}{'x usual':>9}{'MiB':>7}{'arithmetic':>12}{'bytes':>7}  time")
+    result = {"dtype": str(choose_precision("auto", torch.device(args.device))), "rows": []}
+    print(f"{result['dtype']}\n{'':26}{'images/s':>10}{'of ceiling':>12}{'x usual':>9}{'MiB':>7}")
     with tempfile.TemporaryDirectory() as folder:
         if any("PT" in SCRIPTS[name] for name in args.scripts):
             in_a_process(phase_one, args, folder)
@@ -266,21 +196,16 @@ def measure_steps(args, keep):
             runs = [{way: in_a_process(one_training, way, name, args, folder) for way in ways}
                     for _ in range(args.repeats)]
             rate = {way: statistics.median(run[way][0] for run in runs) for way in ways}
-            flops, moved, shares = in_a_process(counted, name, args, folder)
             row = {"script": name, "images_per_second": rate,
                    "rates": {way: [run[way][0] for run in runs] for way in ways},
                    "mebibytes": {way: max(run[way][1] for run in runs) for way in ways},
                    "of_ceiling": rate["full"] / rate["ceiling"],
-                   "times_usual": rate["full"] / rate["usual"] if args.usual else None,
-                   "gflop_per_image": flops / 1e9, "megabytes_per_image": moved / 1e6,
-                   "share_of_arithmetic": rate["full"] * flops / operations,
-                   "share_of_bandwidth": rate["full"] * moved / bandwidth, "shares_of_time": shares}
+                   "times_usual": rate["full"] / rate["usual"] if args.usual else None}
             result["rows"].append(row)
             keep(result)
             usual = f"{row['times_usual']:9.2f}" if args.usual else f"{'':9}"
-            print(f"{name:26}{rate['full']:10,.0f}{row['of_ceiling']:12.1%}{usual}{row['mebibytes']['full']:7,.0f}"
-                  f"{row['share_of_arithmetic']:12.0%}{row['share_of_bandwidth']:7.0%}  "
-                  + ", ".join(f"{part} {share:.0%}" for part, share in (shares or {}).items()), flush=True)
+            print(f"{name:26}{rate['full']:10,.0f}{row['of_ceiling']:12.1%}{usual}{row['mebibytes']['full']:7,.0f}",
+                  flush=True)
 
 
 def main():
@@ -298,7 +223,6 @@ def main():
     args = parser.parse_args()
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"cannot write '{args.output}': there is no such folder", exit_code=2)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks
     record = {**provenance(choose_device(args.device)), "device": args.device, "cores": os.cpu_count(),
               "memory_kept": common.keep_freed_memory(), "load_average_before": os.getloadavg()[0]}
 

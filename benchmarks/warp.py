@@ -548,21 +548,6 @@ def copy_bandwidth(device):
     return 2 * source.nbytes / median_seconds({"copy": lambda: target.copy_(source)}, 9, device)["copy"]
 
 
-# ---------------------------------------------------------------------------------------------------------- results
-
-
-def write(path, record, rows, agreement):
-    """JSON with one line for each row."""
-    def lines(values):
-        return "[\n" + ",\n".join(f"  {json.dumps(value)}" for value in values) + "\n ]"
-
-    head = json.dumps(record, indent=1).removesuffix("\n}")
-    try:
-        Path(path).write_text(f'{head},\n "agreement": {lines(agreement)},\n "rows": {lines(rows)}\n}}\n')
-    except OSError as error:
-        raise UserError(f"cannot write '{path}' ({error.strerror}): give another --output") from error
-
-
 def main():
     kept = keep_freed_memory()
     parser = Parser(description=__doc__)
@@ -614,11 +599,9 @@ def main():
             if new:
                 show(new)
             rows += new
-            if args.output:  # what has been measured is there, whatever ends the rest
-                write(args.output, record, rows, agreement)
         rows += time_backward(size, max(1, BACKWARD_PIXELS[device.type] // size**2), args.repeats, device)
-    if args.output:
-        write(args.output, record, rows, agreement)
+        if args.output:  # what has been measured is there, whatever ends the rest
+            Path(args.output).write_text(json.dumps({**record, "agreement": agreement, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,20 +20,3 @@ from minter_warp.sampling import (
     sample_crops,
     transformation_target,
 )
-
-__all__ = [
-    "build_info",
-    "coefficients_from_corners",
-    "coefficients_from_matrices",
-    "crop_and_flip_reference",
-    "normalization",
-    "projective_warp",
-    "projective_warp_reference",
-    "reference_errors",
-    "sample_coefficients",
-    "sample_corners",
-    "sample_crops",
-    "transformation_target",
-    "warp_batch",
-    "warp_batch_reference",
-]

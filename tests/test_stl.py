@@ -426,20 +426,6 @@ def test_a_checkpoint_from_before_there_were_labels_is_of_learnt_codes_and_is_re
         train(monkeypatch, path, *flags, "--learn", "all", "--resume")
 
 
-def test_a_checkpoint_from_before_papers_projectors_had_three_layers_is_loaded_and_resumed(tmp_path, monkeypatch):
-    path, flags = tmp_path / "a.ckpt", ("--equi", "0", "--save-every", "1", "--preset", "paper")
-    with monkeypatch.context() as before:
-        before.setitem(stl.PRESETS, "paper", {"trans": 0.2, "f_T": (512, 512, 128), "projector": (512, 128),
-                                              "trans_projector": (128, 128)})
-        train(monkeypatch, path, *flags)
-    for _ in range(2):
-        model, _ = stl.load_stl(path)
-        sizes = [[layer.out_features for layer in part if isinstance(layer, nn.Linear)]
-                 for part in (model.transformation_encoder, model.inv_projector, model.trans_projector)]
-        assert sizes == [[512, 512, 128], [512, 128], [128, 128]]
-        train(monkeypatch, path, *flags, "--resume")
-
-
 def test_weights_that_have_no_part_are_refused_and_the_defaults_are_those_of_the_code(monkeypatch, capsys):
     def args(*flags):
         monkeypatch.setattr("sys.argv", ["stl.py", *flags])
