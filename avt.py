@@ -10,8 +10,8 @@ where t are the 8 normalised coefficients of a random projective map (minter_war
 
     python avt.py --dataset cifar10 --output avt.ckpt
 
-Measured at a small scale (make reproduce-small: 10,000 images of CIFAR-10 as JPEG, 14 epochs, two seeds, two CPU cores,
-torch 2.15): squared error .42; k-NN error with 5,000 labels .756 with mu, .763 with z; untrained .668 and .882.
+Measured (CIFAR-10 as JPEG, 30 of 200 epochs, seed 0, two cores of a Xeon): squared error .14 in training, .56 held out;
+k-NN error with 50,000 labels .650 with mu, .646 with z; the paper .693; an untrained encoder .588.
 
 Deviations and readings:
 - This is the AVT of VTE's tables: VTE's encoder, heads, optimiser and transformations; the objective alone differs.

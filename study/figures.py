@@ -279,7 +279,7 @@ def draw_shares(args):
 
     bars, notes = {}, set()
     try:
-        for row in read_rows(args.rows):
+        for row in [row for path in args.rows for row in read_rows(path)]:
             if (row["measure"] == "share" and row["transformations"] == args.transformations
                     and row["features"] in (None, args.features)):
                 name = row["checkpoint"] or row["method"]
@@ -291,9 +291,9 @@ def draw_shares(args):
             if noise := parts.get("noise of sigma"):  # a known number: what is left has the interval of both
                 parts["unexplained"] = [value - noise[0] for value in parts["unexplained"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"'{args.rows}' is no file that equivariance.py --json wrote ({error})") from error
+        raise UserError(f"{', '.join(args.rows)}: no files that equivariance.py --json wrote ({error})") from error
     if not bars:
-        raise UserError(f"'{args.rows}' holds no shares under {args.transformations} transformations")
+        raise UserError(f"{', '.join(args.rows)}: no shares under {args.transformations} transformations")
     figure, axis = plt.subplots(figsize=(7.6, 1.9 + 0.34 * len(bars)), layout="constrained")
     shown = {name: style for name, style in SHARES.items() if any(name in parts for parts in bars.values())}
     for place, parts in enumerate(bars.values()):
@@ -327,7 +327,8 @@ def draw_errors(args):
     if not errors:
         raise UserError(f"'{args.results}' holds no errors on labels yet")
     shown = {key[0] for key in errors} | {method for known in published.values() for method in known}
-    methods = {method: title for method, title in tables.METHODS.items() if method in shown}
+    titles = tables.METHODS | tables.stopped_early(results)
+    methods = {method: title for method, title in titles.items() if method in shown}
     classifiers = list(dict.fromkeys(classifier for _, _, classifier, _ in errors))
     measured = {key[1] for key in errors if key[0] != "raw pixels"}
     kinds = [kind for kind in tables.KINDS if kind in measured]
@@ -369,7 +370,10 @@ def draw_overview(args):
 
     studies = {name: tables.read_results(path) for name in tables.STUDIES
                if (path := args.pages / "results" / f"{name}.json").exists()}
-    rows, _ = tables.overview(studies)
+    rows, used = tables.overview(studies)
+    titles = dict(tables.METHODS)
+    for results in used:
+        titles |= tables.stopped_early(results)
     rows = {method: row for method, row in rows.items() if row["equivariant"]}
     if not rows:
         raise UserError(f"'{args.pages / 'results'}' holds no full study on CIFAR-10 yet")
@@ -380,7 +384,7 @@ def draw_overview(args):
         across, up = (deviation or None for deviation in spread)  # of one seed no bar, whose caps would hide the point
         axis.errorbar(row["k-NN"].mean(), row["equivariant"].mean(), up, across, color=COLOURS[method], capsize=2,
                       marker=MARKERS.get(method, "o"), markersize=8, linestyle="none",
-                      label=tables.METHODS[method].replace("*", ""))
+                      label=titles[method].replace("*", ""))
     axis.set_ylim(0, 0.05 + max(row["equivariant"].mean() for row in rows.values()))
     axis.set(xlabel=f"k-NN error with {tables.LABELS:,} labels (better to the left)",
              ylabel="equivariant share of the variance")
@@ -418,7 +422,7 @@ def parse_args():
     add("--columns", type=positive_int, default=7, help="how many images")
     drawn_from_data(add, "images and transformations")
     add = picture("shares", draw_shares, "what of the features is invariant, equivariant, unexplained")
-    add("rows", metavar="JSON", help="what equivariance.py --json wrote")
+    add("rows", nargs="+", metavar="JSON", help="what equivariance.py --json wrote")
     add("--transformations", choices=TRANSFORMATIONS, default="projective", help="which of those it holds")
     add("--features", choices=["mu", "sample"], default="mu", help="of encoders that have a sigma")
     add = picture("errors", draw_errors, "error against the number of labels, ours and the paper's")

@@ -282,7 +282,7 @@ def paired_table(errors):
     return table(["", *(f"{TITLES[classifier]}, {size:,}" for classifier, size in measures)], rows) if rows else []
 
 
-def equivariance_tables(equivariance, seeds):
+def equivariance_tables(equivariance, seeds, titles):
     """(family of transformations, title, lines): what share is equivariant, and of STL's own transformations prediction
     and retrieval as well. Rows with z sampled are left to the JSON."""
     for family in dict.fromkeys(key[0] for key in equivariance):
@@ -298,7 +298,7 @@ def equivariance_tables(equivariance, seeds):
             for method, own, features in in_order(key[:3] for key in found):
                 cells = [found.get((method, own, features, heading)) for heading in headings]
                 if any(cells):
-                    rows.append([METHODS[method] + (f": its {own}" if own else ""),
+                    rows.append([titles[method] + (f": its {own}" if own else ""),
                                  *(cell.text(seeds=seeds) if cell else "" for cell in cells)])
             yield family, f"{question.capitalize()}, {family} transformations", table(["", *headings], rows)
 
@@ -356,7 +356,7 @@ def study_section(results):
     order = order_table(results, errors)
     if order:
         text += ["**Order of the methods**, best first, I1 and I2 for the two InfoNCE", "", *order]
-    measured = list(equivariance_tables(equivariance, seeds))
+    measured = list(equivariance_tables(equivariance, seeds, METHODS | stopped_early(results)))
     for family, title, lines in measured:
         if family != measured[0][0]:
             text += [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]

@@ -994,7 +994,7 @@ def test_the_pictures_are_drawn_and_refuse_what_they_cannot_draw(figures, measur
         figures.main()
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     refused("study/figures.py", "shares", "rows.json", "--transformations", "scale", cwd=folder, code=1,
-            says="holds no shares under scale transformations")
+            says="rows.json: no shares under scale transformations")
     refused("study/figures.py", "shares", "avt.ckpt", cwd=folder, code=1,
             says="is no file that --json of probe.py or equivariance.py wrote")
     refused("study/figures.py", "decoded", "ba.ckpt", cwd=folder, code=1, says="decodes no transformation")
