@@ -183,7 +183,8 @@ def test_prediction_and_retrieval_of_stl_are_those_of_its_rows():
         return f"{sum(sum(found, [])) / 3:.3f}"
 
     _, equivariance = tables.measurements(results)
-    lines = next(lines for _, title, lines in tables.equivariance_tables(equivariance, 3) if "retrieval" in title)
+    found = tables.equivariance_tables(equivariance, 3, tables.METHODS)
+    lines = next(lines for _, title, lines in found if "retrieval" in title)
     found = {line.split(" | ")[0]: [cell.split(" ± ")[0] for cell in line.split(" | ")[1:]] for line in lines}
     for line, of in (("| STL", None), ("| STL: its code of t", "code of t")):
         assert found[line][2] == mean(measure="MSE", target="all", map=of, **{"from": "x and t(x)"})
