@@ -605,7 +605,8 @@ def run_command(main):
               f"less ({str(error)[:200]})", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # of a file, or of the output: whoever read it has gone, or its disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        with contextlib.suppress(OSError):  # of a notebook, whose output is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         if error.errno == errno.EPIPE:
             sys.exit(128 + signal.SIGPIPE)
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

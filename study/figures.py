@@ -370,10 +370,7 @@ def draw_overview(args):
 
     studies = {name: tables.read_results(path) for name in tables.STUDIES
                if (path := args.pages / "results" / f"{name}.json").exists()}
-    rows, used = tables.overview(studies)
-    titles = dict(tables.METHODS)
-    for results in used:
-        titles |= tables.stopped_early(results)
+    rows, _, titles = tables.overview(studies)
     rows = {method: row for method, row in rows.items() if row["equivariant"]}
     if not rows:
         raise UserError(f"'{args.pages / 'results'}' holds no full study on CIFAR-10 yet")

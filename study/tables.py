@@ -371,12 +371,15 @@ LABELS = 50000  # that k-NN takes in README
 
 def overview(studies):
     """What README shows of each method on CIFAR-10, {method: {"k-NN": error, name: ...}}, each Measured, from features
-    without sampling; the names are of SHARES. Best k-NN error first. Also the studies that it is from, full ones."""
+    without sampling; the names are of SHARES. Best k-NN error first. Also the full studies that it is from, and
+    {method: title}."""
     def shown(method):  # of ours the control alone
         return method.startswith("random") or not METHODS[method].startswith("*")
 
     found, used = {}, [studies[name] for name in ("cifar10", "stl-cifar10") if studies.get(name)]
+    titles = dict(METHODS)
     for results in used:
+        titles |= stopped_early(results)
         errors, equivariance = measurements(results)
         for method in METHODS:
             for features in ("mu", None):
@@ -384,16 +387,14 @@ def overview(studies):
                 if error and method not in found and shown(method):
                     found[method] = {"k-NN": error, **{
                         name: equivariance.get(("projective", method, "", features, name)) for name in SHARES}}
-    return dict(sorted(found.items(), key=lambda item: item[1]["k-NN"].mean())), used
+    return dict(sorted(found.items(), key=lambda item: item[1]["k-NN"].mean())), used, titles
 
 
 def readme_section(studies):
-    rows, used = overview(studies)
+    rows, used, titles = overview(studies)
     if not rows:
         return "*Not yet run.*\n"
-    published, titles, lines = PUBLISHED["cifar10"]["knn"], dict(METHODS), []
-    for results in used:
-        titles |= stopped_early(results)
+    published, lines = PUBLISHED["cifar10"]["knn"], []
     for method, measured in rows.items():
         theirs = published.get(method, {}).get(LABELS)
         cells = [value.text() if value else "–" for value in measured.values()]
