@@ -617,9 +617,9 @@ def run_command(main):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory, and Linux to give it in huge pages. By default glibc returns a step's activations
-    to the system and gets new pages, zeroed, in the next step: a third of a step on a CPU. Another third went to looking
-    up pages of 4 KiB. The process then stays as large as it ever was. MINTER_KEEP_MEMORY=0 leaves glibc as it is.
+    """Tells glibc to keep freed memory, and asks Linux for huge pages. By default glibc returns a step's activations to the
+    system and gets new pages, zeroed, in the next step: a third of a step on a CPU. A quarter of what is left went into
+    finding pages of 4 KiB. The process then stays as large as it ever was. MINTER_KEEP_MEMORY=0 leaves glibc as it is.
     Elsewhere nothing happens. Returns whether it is kept."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "gnu_get_libc_version") or os.environ.get("MINTER_KEEP_MEMORY") == "0":

@@ -106,7 +106,6 @@ def collect(folder):
         results = {**json.loads((folder / "study.json").read_text()), "pieces": [], "parts": {}}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"'{folder}' is not the folder of a study ({error})") from error
-    machines = []
     for name, path in finished_parts(folder):
         try:
             record = json.loads(path.read_text())
@@ -119,13 +118,15 @@ def collect(folder):
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"'{path}' is not what a finished part writes ({error}): remove it, and make it "
                             "again") from error
-        if machine not in machines:
-            machines.append(machine)
-            results["pieces"].append({"machine": machine, "seconds": 0.0})
-        piece = machines.index(machine)
-        results["pieces"][piece]["seconds"] += record["seconds"]
-        results["parts"][name] = {"settings": settings_of(command), "command": command, **record, "piece": piece}
+        put(results, name, {"machine": machine}, {"settings": settings_of(command), "command": command, **record})
     return results
+
+
+def put(results, name, piece, record):
+    """Adds a part, made on the machine of this piece. Each machine stands in the results once."""
+    if piece not in results["pieces"]:
+        results["pieces"].append(piece)
+    results["parts"][name] = {**record, "piece": results["pieces"].index(piece)}
 
 
 def short(row):
@@ -148,10 +149,9 @@ def take_in(results, path, add):
         print(f"'{path}' is left as it is: it holds {len(there['parts'])} parts on {there['title']}, "
               f"{len(beyond)} of them not among the {len(results['parts'])} on {results['title']}; {advice}")
         return
-    first = len(results["pieces"])
-    beyond = {name: {**record, "piece": record["piece"] + first} for name, record in beyond.items()}
-    pieces = results["pieces"] + (there["pieces"] if beyond else [])
-    write_results({**results, "pieces": pieces, "parts": {**results["parts"], **beyond}}, path)
+    for name, record in beyond.items():
+        put(results, name, there["pieces"][record["piece"]], record)
+    write_results(results, path)
 
 
 def parse_args():

@@ -330,7 +330,7 @@ def provenance(results):
         made = dict(results["pieces"][number]["machine"])
         commit = made.pop("commit", None)
         told.setdefault(json.dumps(made), []).append(commit or "unknown")
-    minutes = sum(piece["seconds"] for piece in results["pieces"]) / 60
+    minutes = sum(record["seconds"] for record in results["parts"].values()) / 60
     text = [f"Seeds {', '.join(map(str, seeds_of(results)))}; {minutes:.0f} minutes in all."]
     for made, commits in told.items():
         made = json.loads(made)

@@ -463,6 +463,7 @@ def test_results_are_not_replaced_by_less(pages, capsys):
     assert len(both["parts"]) == 24 and both["parts"].keys() >= before["parts"].keys()
     assert both["pieces"][both["parts"]["0/pt"]["piece"]] == before["pieces"][0]
     assert "Seeds 0, 1, 2; " in Path("RESULTS.md").read_text()
+    assert pages.collect("--add") == both  # machines and minutes are not counted twice
 
 
 def test_results_on_other_data_are_left_alone(pages, capsys):
