@@ -30,7 +30,7 @@ SEEDS ?= $(SEEDS.$(SCALE))
 DEVICE ?= auto
 RUNS ?= runs/study
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
-# Memory in huge pages, where Linux has them for who asks: a CPU trains 1.5 times as fast.
+# Memory in huge pages, where Linux has them for who asks: phase one is 1.5 times as fast on a CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Methods: script and variation, what each builds on, which settings each is trained with.
