@@ -305,7 +305,7 @@ def equivariance_tables(equivariance, seeds, titles):
 
 def trainings_table(results):
     """What each training ended with, means over seeds."""
-    shown = {"squared_error": "squared error of t", "explained": "explained of z", "bound": "bound, nats",
+    shown = {"squared_error": "squared error of t; VTE-BA: of z", "explained": "explained of z", "bound": "bound, nats",
              "inv": "L_inv", "equi": "L_equi", "trans": "L_trans", "predict": "squared error of labels",
              "code_spread": "code spread", "logvar": "mean log-variance", "z_std": "std of z"}
     records = {method: [record for part, record in results["parts"].items() if part.partition("/")[2] == method]
