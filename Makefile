@@ -144,7 +144,7 @@ demo: setup
 	$(BIN)/python equivariance.py $(TRAINED) --transformations projective --images 40 --per-image 30 --pairs 800 \
 	    --precision fp32 --json $(RUNS)/equivariance.json
 	@echo "pictures: $(RUNS)/decoded.png (t, as AVT decodes it) and $(RUNS)/curves.png; numbers: $(RUNS)/*.json"
-	@echo "After so few epochs AVT misses the outline (an error above 1) in about one test image of six, most often of 8, 0, 1."
+	@echo "After so few epochs AVT misses the outline (an error above 1) in about one test image of five or six, often of 8, 0, 1."
 	@echo "VTE-BA explained hardly any of phase one's z: z is mostly t here, and VTE-BA sees x alone. Its features learned."
 	@echo "Trained so briefly, AVT, InfoNCE (2), STL and, depending on the processor's rounding, one more are behind an untrained"
 	@echo "encoder by k-NN. By logistic regression all are ahead of it but STL with 50 labels. Raw pixels are ahead of nearly"

@@ -1213,6 +1213,8 @@ def load_features(path, images, device="cpu", batch_size=32):
         images = resize(images, size)
     else:
         files = [images] if isinstance(images, str | os.PathLike) else list(images)
+        if not files:
+            raise UserError("no images are given: the list of files is empty")
         try:
             images = torch.stack([decode(file, size)[0] for file in files])
         except Exception as error:

@@ -15,7 +15,9 @@
 # unfinished builds.
 # Several at once: `make -j2 -k`. -k goes on with all that does not follow from a part that failed. Share the cores out:
 # OMP_NUM_THREADS=<cores / jobs>. One make a folder at a time. On an H200 -j3 suits vte: with CUDA graphs one training at
-# a time is as fast as three, and an evaluation is mostly work of the processor. A seed takes some 25 minutes.
+# a time is as fast as three, and an evaluation is mostly work of the processor. A training takes 2
+# minutes alone, and up to 8 beside two others.
+# A seed beside those that results/ has: the same DATA, SEEDS=1, then study/parts.py collect $(RUNS)/<study> --add.
 
 # full: the papers' settings, on a GPU. small: on two CPU cores, vte in 84 minutes and the CONTROLS, stl with three seeds
 # and the ablations in 140 (OMP_NUM_THREADS=1 make -j2). paired: ours, phase two on a trained and on an untrained phase

@@ -405,7 +405,7 @@ def readme_section(studies):
                       f"{results['study']}.json)" for results in used)
     several = any(len(seeds_of(results)) > 1 for results in used)
     about = (f"{used[0]['title']}; features mu, not sampled. "
-             f"{'Mean ± standard deviation over training seeds' if several else 'Training seeds'}: {seeds}.")
+             f"{'Mean ± standard deviation over training seeds' if several else 'Number of training seeds'}: {seeds}.")
     return "\n".join([*table(headings, lines), about, ""])
 
 

@@ -510,7 +510,7 @@ def test_features_of_ones_own_images(tmp_path):
 @pytest.mark.parametrize("images, says", [
     (torch.rand(2, 3, 8, 8), r"uint8, not \(2, 3, 8, 8\) torch.float32"),
     (np.zeros((2, 3, 8, 8)), "paths of image files"),
-    (torch.zeros(3, 8, 8, dtype=torch.uint8), r"not \(3, 8, 8\)"), ([], "paths of image files"),
+    (torch.zeros(3, 8, 8, dtype=torch.uint8), r"not \(3, 8, 8\)"), ([], "list of files is empty"),
     (["none.png"], "no such file"), ("none.png", "no such file"), (Path("none.png"), "no such file")])
 def test_features_of_what_is_no_image_are_refused(images, says, tmp_path):
     write_checkpoint(tmp_path / "a.ckpt")
